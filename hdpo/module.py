@@ -285,6 +285,10 @@ class HDPOModule(LightningModule):
         stats.add("time/update", time.perf_counter() - started)
         self._log_step(batch)
 
+    def on_train_batch_end(self, outputs: Any, batch: Experience, batch_idx: int) -> None:
+        """Free the gradients, after the callbacks have seen them: the next rollouts need their memory."""
+        cast(torch.optim.Optimizer, self.optimizers()).zero_grad()
+
     def policy_batch(self, batch: Experience) -> _PolicyBatch:
         """Select the rollouts that carry a gradient, and count the tokens that the mean is over.
 

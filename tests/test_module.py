@@ -257,3 +257,17 @@ def test_resume_is_bit_identical(tmp_path, options, refresh_every):
 def test_bad_values_name_their_key(option, value):
     with pytest.raises(ValueError, match=f"model.{option}"):
         toy.module(**{option: value})
+
+
+def test_rollouts_do_not_share_memory_with_the_last_steps_gradients(tmp_path):
+    class Held(Callback):
+        def __init__(self):
+            self.bytes = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.bytes.append(sum(p.grad.nbytes for p in pl_module.student.parameters() if p.grad is not None))
+
+    held = Held()
+    fitter = toy.trainer(tmp_path, held, max_steps=3, limit_val_batches=0)
+    fitter.fit(toy.module(), datamodule=toy.datamodule(tmp_path))
+    assert held.bytes == [0, 0, 0]
