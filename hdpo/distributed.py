@@ -88,9 +88,13 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
         (m for m in policy.backbone.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 0),
         torch.nn.ModuleList(),
     )
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(policy, mesh=mesh)
+    units: list[Any] = [fully_shard(module, mesh=mesh) for module in (*layers, policy)]
+    # By default a backward pass gathers weights ahead in the reverse order of all forward passes since the last one,
+    # those without gradient included. Their number differs from rank to rank (a rank without cliffs decodes no
+    # privileged rollouts), so that ranks would wait for different weights. With a fixed order it depends on nothing;
+    # what comes before the first layer is the root, which is gathered then and costs nothing.
+    for unit, before in zip(units, [units[-1], *units[:-1]], strict=True):
+        unit.set_modules_to_backward_prefetch([before])
 
 
 def _sharded_units(policy: torch.nn.Module) -> list[Any]:
@@ -100,13 +104,18 @@ def _sharded_units(policy: torch.nn.Module) -> list[Any]:
 
 
 def reshard(policy: torch.nn.Module) -> None:
-    """Give back the unsharded parameters of an FSDP2 policy; without FSDP2 this does nothing.
+    """Forget the forward passes without gradient of an FSDP2 policy; without FSDP2 this does nothing.
 
-    The root keeps its own after a forward pass, for the backward pass. After one without gradient they would stay: a
-    full copy of embeddings and output layer, and changes made to it would be lost.
+    The root keeps its unsharded parameters after a forward pass, for the backward pass. After one without gradient they
+    would stay: a full copy of embeddings and output layer, and changes made to it would be lost.
     """
-    for unit in _sharded_units(policy):
+    units = _sharded_units(policy)
+    for unit in units:
         unit.reshard()
+    # It also keeps a note of every forward pass (in decoding: every token) until the next backward pass. Versions of
+    # torch before 2.13 cannot be told to drop them; they take memory, and no more.
+    if units and (reset := getattr(policy, "reset_iter_state", None)) is not None:
+        reset()
 
 
 @contextmanager
@@ -161,4 +170,4 @@ def gathered_parameters(policy: Policy) -> Iterator[None]:
         for unit in units:
             # FSDP2 never reshards the root after its forward pass: the backward pass needs it first.
             unit.set_reshard_after_forward(unit is not policy, recurse=False)
-            unit.reshard()
+        reshard(policy)
