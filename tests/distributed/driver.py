@@ -1,17 +1,18 @@
 """One of the processes of a distributed test: runs the scenarios that it is told to, and writes down what happened.
 
-Started by :mod:`tests.distributed.launch` with the environment that ``torchrun`` gives to a process.
+Forked by :mod:`tests.distributed.launch`, with the environment that ``torchrun`` gives to a process.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -31,13 +32,18 @@ PATTERNS = [
     "SSSSSS",  # nothing at all
     "SSSCCC",  # no policy gradient anywhere, and the first rank distils nothing
 ]
+#: A scenario's ``distillation`` that keeps every privileged rollout: cliffs are distilled, whatever the policy can do.
+KEEP_ALL = {"success_reward": 0.0}
 
 
 class Script(Callback):
     """Second station: overwrites rewards, so that a step is what the test wants it to be."""
 
+    def __init__(self, patterns: list[str | None]) -> None:
+        self.patterns = patterns
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        pattern = PATTERNS[trainer.global_step % len(PATTERNS)]
+        pattern = self.patterns[trainer.global_step % len(self.patterns)]
         if pattern is not None:
             index = batch.prompts.index.tolist()
             alternating = torch.arange(batch.rollouts.num_generations) % 2
@@ -97,6 +103,8 @@ class Tape(Callback):
                     for group in zip(batch.rollouts.completion_ids, batch.rollouts.completion_mask, strict=True)
                 ],
                 "cliffs": batch.is_cliff.tolist(),
+                # Prompts whose rollouts have a policy gradient.
+                "signal": (batch.rollouts.rewards.std(-1) > 0).tolist(),
                 "distilled": list(batch.distillation.student.completion_ids) if batch.distillation else [],
                 "denominators": [items[k][1] for k in ("loss/policy",)] + [items.get("loss/distillation", (0, 0))[1]],
                 "metrics": {k: v for k, v in batch.metrics.items() if not k.startswith(("time/", "sampler/"))},
@@ -152,7 +160,7 @@ def run(scenario: dict[str, Any], name: str, out: Path, rank: int, world: int) -
         distillation=scenario.get("distillation", {}),
     )
     stations = trainer.callbacks
-    stations.insert(1, Script())
+    stations.insert(1, Script(scenario.get("patterns", PATTERNS)))
     if "kill_at" in scenario:
         stations.append(Kill(scenario["kill_at"]))
     last = next(c for c in stations if isinstance(c, LastCheckpoint))
@@ -172,14 +180,18 @@ def _average(module: Any) -> dict[str, torch.Tensor]:
     return {} if average is None else full_weights(average)
 
 
-def main() -> None:
-    """Run all scenarios of the specification in this process."""
+def main(specification: str, log: str, environment: dict[str, str]) -> None:
+    """Run all scenarios of the specification in this process, whose output goes to ``log``."""
+    os.environ.update(environment)
+    # Locks of libraries are then no named ones, which a killed process would leave behind.
+    multiprocessing.set_start_method("fork", force=True)
+    with Path(log).open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    specification = torch.load(sys.argv[1], weights_only=True)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    for scenario in specification["scenarios"]:
-        run(scenario, specification["strategy"], Path(specification["out"]), rank, world)
-
-
-if __name__ == "__main__":
-    main()
+    content = torch.load(specification, weights_only=True)
+    rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    for scenario in content["scenarios"]:
+        run(scenario, content["strategy"], Path(content["out"]), rank, world)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+from tests.distributed import driver
+
 ROOT = Path(__file__).parents[2]
+#: What a process imports in the course of a run. It takes longer than the run, so one server does it for all of them.
+PRELOAD = [
+    "tests.distributed.driver",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.qwen2.modeling_qwen2",
+]
+
+Started = subprocess.Popen | BaseProcess
 
 
 def free_port() -> int:
@@ -35,8 +51,13 @@ def environment(rank: int | None = None, world: int = 1, port: int = 0) -> dict[
     return own
 
 
+def _code(process: Started) -> int | None:
+    """Exit status, negative for a signal; None while it runs."""
+    return process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+
+
 def wait(
-    processes: Sequence[subprocess.Popen],
+    processes: Sequence[Started],
     logs: Sequence[Path],
     timeout: float,
     expected: int = 0,
@@ -49,25 +70,35 @@ def wait(
     """
     deadline, grace = time.monotonic() + timeout, None
     try:
-        while any(p.poll() is None for p in processes):
-            failed = any(p.poll() not in (None, expected) for p in processes)
+        while any(_code(p) is None for p in processes):
+            failed = any(_code(p) not in (None, expected) for p in processes)
             # The others may be about to say why.
             grace = grace or (time.monotonic() + 5 if failed else None)
             if time.monotonic() > (grace or deadline):
                 break
             time.sleep(0.05)
     finally:
-        codes = [p.poll() for p in processes]
-        for process in processes:
-            if process.poll() is None:
+        codes = [_code(p) for p in processes]
+        for process, code in zip(processes, codes, strict=True):
+            if code is None:
                 if whole_sessions:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
-            process.wait()
+            process.wait() if isinstance(process, subprocess.Popen) else process.join()
     texts = [f"--- process {i}:\n{log.read_text(errors='replace')[-4000:]}" for i, log in enumerate(logs)]
     # Where one is to fail, the others fail in their own ways, or wait for it until they are ended here.
     fine = codes == [0] * len(codes) if expected == 0 else expected in codes and 0 not in codes
     assert fine, "\n".join([f"exit codes {codes} (None: hung)", *texts])
+
+
+def _context() -> Any:
+    """Processes are forked from a server that has imported what they need, and started no thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with mock.patch.dict(os.environ, {**environment(), "PYTHONPATH": path}, clear=True):
+        forkserver.ensure_running()
+    return context
 
 
 def run_scenarios(
@@ -75,16 +106,21 @@ def run_scenarios(
 ) -> None:
     """Run scenarios in ``world`` processes of :mod:`tests.distributed.driver`."""
     out.mkdir(parents=True, exist_ok=True)
-    specification = out / f"{scenarios[0]['name']}.spec"
+    name = scenarios[0]["name"]
+    specification = out / f"{name}.spec"
     torch.save({"out": str(out), "strategy": strategy, "scenarios": scenarios}, specification)
-    port, logs, processes = free_port(), [], []
-    for rank in range(world):
-        logs.append(out / f"{scenarios[0]['name']}.rank{rank}.log")
-        with logs[-1].open("wb") as log:
-            command = [sys.executable, "-m", "tests.distributed.driver", str(specification)]
-            env = environment(rank if world > 1 else None, world, port)
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
-    wait(processes, logs, timeout, expected)
+    context, port = _context(), free_port()
+    logs = [out / f"{name}.rank{rank}.log" for rank in range(world)]
+    processes: list[Started] = []
+    for rank, log in enumerate(logs):
+        log.touch()
+        env = environment(rank if world > 1 else None, world, port)
+        processes.append(context.Process(target=driver.main, args=(str(specification), str(log), env), daemon=True))
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        wait([p for p in processes if p.pid is not None], logs, timeout, expected)
 
 
 def results(out: Path, scenario: str, world: int) -> list[dict[str, Any]]:
