@@ -215,11 +215,18 @@ class Policy(nn.Module):
                 return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
         raise ValueError("the policy names no eos_token_id in generation_config.json or config.json")
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of products: autocast's if it is active, else that of the weights."""
+        device = self.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return cast(torch.dtype, self.model.get_output_embeddings().weight.dtype)
+
     def output_layer(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return hidden states, output weight and bias in the dtype of the computation (autocast's, if active)."""
         head = self.model.get_output_embeddings()
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+        dtype = self.compute_dtype
         bias = getattr(head, "bias", None)
         return hidden.to(dtype), head.weight.to(dtype), None if bias is None else bias.to(dtype)
 

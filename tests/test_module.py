@@ -218,12 +218,12 @@ def test_a_stale_sampler_stops_the_run(tmp_path):
     class Stale(TransformersEngine):
         """Samples from other weights than the policy's."""
 
-        def generate(self, policy, prompts, seeds, sampling):
+        def generate(self, policy, prompts, seeds, sampling, drafts=None):
             other = copy.deepcopy(policy)
             with torch.no_grad():
                 for p in other.parameters():
                     p.mul_(0.5)
-            return super().generate(other, prompts, seeds, sampling)
+            return super().generate(other, prompts, seeds, sampling, drafts)
 
     with pytest.raises(RuntimeError, match="the sampler's log-probabilities differ"):
         run(tmp_path, engine=Stale())

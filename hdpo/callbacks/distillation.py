@@ -129,6 +129,7 @@ class DistillationRefresh(Callback):
             SamplingConfig(self.max_new_tokens, self.temperature, tuple(sorted(eos))),
             stats,
             "privileged",
+            drafts=[prompts.solution[i] for i in chosen],
         )
         ids = completions.token_lists()
         entries: list[_Entry] = []

@@ -69,6 +69,7 @@ def sample_and_grade(
     sampling: SamplingConfig,
     statistics: Statistics,
     station: str,
+    drafts: Sequence[str] | None = None,
 ) -> tuple[Rollouts, Completions]:
     """Sample S completions for each of N prompts, decode and grade them.
 
@@ -81,12 +82,14 @@ def sample_and_grade(
         sampling: limits and temperature.
         statistics: where seconds and verifier outcomes are counted.
         station: name of the sampling time, ``time/<station>``.
+        drafts: N texts that the completions may repeat; they only make the engine faster.
 
     Returns:
         The scored rollouts ``[N, S]``, and the completions as the engine returned them.
     """
     with timed(statistics, station), trainer.precision_plugin.forward_context():
-        completions = module.engine.generate(module.student, prompts, seeds, sampling)
+        guesses = [module.tokenizer.encode(text, add_special_tokens=False) for text in drafts] if drafts else None
+        completions = module.engine.generate(module.student, prompts, seeds, sampling, guesses)
     with timed(statistics, "scoring"):
         num_samples = seeds.shape[1]
         ids = [sample for group in completions.token_lists() for sample in group]

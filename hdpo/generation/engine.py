@@ -40,7 +40,12 @@ class GenerationEngine(ABC):
 
     @abstractmethod
     def generate(
-        self, policy: Policy, prompts: Sequence[Sequence[int]], seeds: Tensor, sampling: SamplingConfig
+        self,
+        policy: Policy,
+        prompts: Sequence[Sequence[int]],
+        seeds: Tensor,
+        sampling: SamplingConfig,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> Completions:
         """Sample S completions for each of N prompts.
 
@@ -50,6 +55,8 @@ class GenerationEngine(ABC):
             seeds: ``[N, S]`` int64 on the CPU, one a sample. A sample depends on its own prompt, seed and the weights,
                 never on what else is in the batch.
             sampling: limits and temperature.
+            drafts: N texts that the completions may repeat, as token ids. An engine may use them to decode faster,
+                or ignore them; the distribution of the completions is the same.
 
         Returns:
             ``[N, S, T]`` completions on the policy's device, T being the longest sampled length (at least 1).

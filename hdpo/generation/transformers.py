@@ -1,81 +1,33 @@
 """Sampling with the policy's own weights: a short decode loop over a transformers model.
 
-Why not ``model.generate``: a group of K samples shares its prompt, so the prompt is read once and its cache expanded;
-finished rows leave the batch instead of being decoded until the longest is done; log-probabilities are kept as tokens
-are drawn; and every token is drawn with a random number that depends on its own seed and position alone, so that a
-sample does not depend on what else is in the batch.
+Why not ``model.generate``: a group of K samples shares its prompt, so the prompt is read once and its cache copied;
+finished rows leave the batch instead of being decoded until the longest is done; keys are not copied to every query
+head; log-probabilities are kept as tokens are drawn; and every token is drawn with a random number that depends on its
+own seed and position alone, so that a sample does not depend on what else is in the batch. It is also what makes
+drafts (:mod:`hdpo.generation.drafts`) exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from hdpo.distributed import gathered_parameters
 from hdpo.experience import Completions
 from hdpo.functional.random import uniform
+from hdpo.generation.cache import SlotCache, attention_kinds, decode_attention, masks
+from hdpo.generation.drafts import Drafts
 from hdpo.generation.engine import GenerationEngine, SamplingConfig
 from hdpo.policy import Policy
 
 __all__ = ["TransformersEngine"]
 
-#: Bound on the elements of one [rows, vocabulary] block that is turned into float64 probabilities.
+#: Bound on the elements of one [rows, vocabulary] block of logits, and of the float64 probabilities made of it.
 _SAMPLE_ELEMENTS = 1 << 25
-
-
-class _SlotLayer(DynamicLayer):
-    """Keys and values of one layer in a buffer that is allocated once and filled from the left.
-
-    ``DynamicLayer`` concatenates, that is, copies the whole cache for every token.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity = capacity
-        self.used = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        rows, heads, _, width = key_states.shape
-        self.keys = key_states.new_empty(rows, heads, self.capacity, width)
-        self.values = value_states.new_empty(rows, heads, self.capacity, value_states.shape[-1])
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        end = self.used + key_states.shape[-2]
-        self.keys[:, :, self.used : end] = key_states
-        self.values[:, :, self.used : end] = value_states
-        self.used = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_seq_length(self) -> int:
-        return self.used
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.used + query_length, 0
-
-    def _take(self, indices: Tensor) -> None:
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(len(indices), *old.shape[1:])
-            # Only the filled part is copied.
-            new[:, :, : self.used] = old[:, :, : self.used].index_select(0, indices)
-            setattr(self, name, new)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._take(torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._take(indices)
 
 
 class TransformersEngine(GenerationEngine):
@@ -84,141 +36,260 @@ class TransformersEngine(GenerationEngine):
     Args:
         max_sequences: bound on the completions that are decoded at the same time (it bounds the cache's memory).
         compaction: finished rows are dropped when they make up at least this share of the batch.
+        use_drafts: guess tokens from drafts where a caller gives some; the completions are the same without.
     """
 
-    def __init__(self, max_sequences: int = 512, compaction: float = 0.125) -> None:
+    def __init__(self, max_sequences: int = 512, compaction: float = 0.125, use_drafts: bool = True) -> None:
         if max_sequences < 1:
             raise ValueError(f"model.engine.max_sequences must be at least 1, got {max_sequences}")
         if not 0 < compaction <= 1:
             raise ValueError(f"model.engine.compaction must be in (0, 1], got {compaction}")
         self.max_sequences = max_sequences
         self.compaction = compaction
+        self.use_drafts = use_drafts
 
     @torch.no_grad()
     def generate(
-        self, policy: Policy, prompts: Sequence[Sequence[int]], seeds: Tensor, sampling: SamplingConfig
+        self,
+        policy: Policy,
+        prompts: Sequence[Sequence[int]],
+        seeds: Tensor,
+        sampling: SamplingConfig,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> Completions:
-        """See :meth:`GenerationEngine.generate`."""
+        """See :meth:`GenerationEngine.generate`.
+
+        Raises:
+            ValueError: the policy has layers that are neither full nor sliding attention.
+        """
         num_prompts, num_samples = seeds.shape
         width = sampling.max_new_tokens
         device = policy.device
-        out = Completions(
-            ids=torch.zeros(num_prompts, num_samples, width, dtype=torch.int64, device=device),
-            mask=torch.zeros(num_prompts, num_samples, width, dtype=torch.bool, device=device),
-            logps=torch.zeros(num_prompts, num_samples, width, device=device),
-            truncated=torch.zeros(num_prompts, num_samples, dtype=torch.bool, device=device),
+        num_rows = num_prompts * num_samples
+        out = _Out(
+            ids=torch.zeros(num_rows * width, dtype=torch.int64, device=device),
+            logps=torch.zeros(num_rows * width, device=device),
+            lengths=torch.zeros(num_rows, dtype=torch.int64, device=device),
+            truncated=torch.zeros(num_rows, dtype=torch.bool, device=device),
         )
-        # Prompts of similar length decode together, which keeps the padding short.
+        # Prompts of similar length decode together, which keeps the attention's columns few.
         order = sorted(range(num_prompts), key=lambda i: len(prompts[i]))
         per_wave = max(1, self.max_sequences // max(num_samples, 1))
         was_training = policy.training
         policy.eval()  # gradient checkpointing is active in training mode and would refuse the cache
-        with gathered_parameters(policy):
-            for start in range(0, num_prompts, per_wave):
+        with gathered_parameters(policy), decode_attention(policy), torch.inference_mode():
+            for start in range(0, num_prompts if num_samples else 0, per_wave):
                 wave = order[start : start + per_wave]
-                rows = [list(prompts[i]) for i in wave]
-                _Wave(policy, rows, seeds[wave].to(device), sampling, self.compaction).run(
-                    out, torch.tensor(wave, device=device)
+                rows = torch.tensor(wave)[:, None] * num_samples + torch.arange(num_samples)
+                decoding = _Wave(
+                    policy,
+                    sampling,
+                    self.compaction,
+                    [list(prompts[i]) for i in wave],
+                    seeds[wave].flatten().to(device),
+                    rows.flatten().to(device),
+                    out,
                 )
+                if drafts is not None and self.use_drafts:
+                    decoding.run_with_drafts(Drafts([drafts[i] for i in wave for _ in range(num_samples)], device))
+                else:
+                    decoding.run()
         policy.train(was_training)
-        used = max(1, int(out.mask.any(0).any(0).sum())) if num_prompts else 1
-        return Completions(out.ids[..., :used], out.mask[..., :used], out.logps[..., :used], out.truncated)
+        used = max(1, int(out.lengths.max())) if num_rows else 1
+        shape = (num_prompts, num_samples, used)
+        mask = torch.arange(used, device=device) < out.lengths[:, None]
+        return Completions(
+            ids=(out.ids.view(num_rows, width)[:, :used] * mask).view(shape),
+            mask=mask.view(shape),
+            logps=torch.where(mask, out.logps.view(num_rows, width)[:, :used], 0.0).view(shape),
+            truncated=out.truncated.view(shape[:2]),
+        )
+
+
+@dataclass
+class _Out:
+    """Where completions are written.
+
+    Attributes:
+        ids: ``[rows * tokens]``, flat; beyond a completion's length anything may stand.
+        logps: log-probabilities, same shape.
+        lengths: ``[rows]`` tokens of each completion so far.
+        truncated: ``[rows]``.
+    """
+
+    ids: Tensor
+    logps: Tensor
+    lengths: Tensor
+    truncated: Tensor
 
 
 class _Wave:
-    """The prompts that are decoded together, from their common prefill to the last finished row."""
+    """The prompts that are decoded together, from their common prefill to the last finished row.
+
+    Args:
+        policy: whose weights are sampled.
+        sampling: limits and temperature.
+        compaction: see :class:`TransformersEngine`.
+        prompts: P prompts.
+        seeds: ``[R]``, R / P samples of each prompt.
+        rows: ``[R]``, which row of ``out`` each is.
+        out: where the completions go.
+    """
 
     def __init__(
-        self, policy: Policy, prompts: list[list[int]], seeds: Tensor, sampling: SamplingConfig, compaction: float
+        self,
+        policy: Policy,
+        sampling: SamplingConfig,
+        compaction: float,
+        prompts: list[list[int]],
+        seeds: Tensor,
+        rows: Tensor,
+        out: _Out,
     ) -> None:
-        self.policy, self.sampling, self.compaction = policy, sampling, compaction
-        self.num_samples = seeds.shape[1]
-        self.seeds = seeds.flatten()
-        device = policy.device
-        width = max(map(len, prompts))
-        # Padding on the left, so that all rows write their next token into the same column of the cache.
-        self.input_ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        total = width + sampling.max_new_tokens
-        self.attended = torch.arange(total, device=device) >= (width - lengths)[:, None]
-        self.next_position = lengths.repeat_interleave(self.num_samples)
-        self.width = width
+        self.policy, self.sampling, self.compaction, self.out = policy, sampling, compaction, out
+        self.kinds = attention_kinds(policy)
+        self.prompts, self.rows, self.seeds = prompts, rows, seeds
+        device, self.limit = seeds.device, sampling.max_new_tokens
+        self.repeats = len(seeds) // len(prompts)
+        self.ends = torch.tensor([len(p) for p in prompts], device=device)
+        self.width = max(map(len, prompts))
         self.eos = torch.tensor(sampling.eos_token_ids, device=device)
+        self.cache = SlotCache(self.kinds, self.width, self.width + self.limit)
+        #: A completion's token t stands at position starts + t.
+        self.starts = self.ends.repeat_interleave(self.repeats)
+        self.lengths = torch.zeros_like(seeds)  # tokens of each completion so far
+        self.done = torch.zeros(len(seeds), dtype=torch.bool, device=device)
 
-    def _cache(self) -> tuple[Cache, bool]:
-        """A cache, and whether all layers attend to everything (else transformers builds the layers' masks)."""
-        config = self.policy.model.config.get_text_config()
-        types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "layer_types", None) is None
-        if sliding or any(kind != "full_attention" for kind in types):
-            return DynamicCache(config=config), False
-        capacity = self.width + self.sampling.max_new_tokens
-        return Cache(layers=[_SlotLayer(capacity) for _ in types]), True
+    # ------------------------------------------------------------------ the model
 
-    def _logits(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """Logits ``[rows, V]`` of the last position, float32."""
-        hidden = self.policy.backbone(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
+    def _hidden(self, input_ids: Tensor, positions: Tensor, mask: Any) -> Tensor:
+        """Last hidden states ``[rows, m, H]``; the cache takes the tokens."""
+        hidden: Tensor = self.policy.backbone(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+        ).last_hidden_state
+        return hidden
+
+    def _prefill(self) -> Tensor:
+        """Read each prompt once; hidden states ``[R, H]`` of the last prompt token of each row."""
+        device = self.seeds.device
+        # Padding on the right is never attended to: its columns are overwritten before a query stands behind them.
+        ids = torch.tensor([p + [0] * (self.width - len(p)) for p in self.prompts], device=device)
+        prompts = torch.arange(len(ids), device=device)
+        hidden = self._hidden(ids, torch.arange(self.width, device=device).expand_as(ids), None)
+        self.cache.select(prompts.repeat_interleave(self.repeats))
+        return hidden[prompts, self.ends - 1].repeat_interleave(self.repeats, 0)
+
+    def _read(self, tokens: Tensor, positions: Tensor, num_columns: int) -> Tensor:
+        """Hidden states ``[rows, m, H]`` of tokens ``[rows, m]``; no position is ``num_columns`` or more."""
+        self.cache.write_at(positions, num_columns)
+        mask = masks(self.policy, self.kinds, positions, num_columns, self.policy.compute_dtype)
+        return self._hidden(tokens, positions, mask)
+
+    def _draw(self, hidden: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and log-probs ``[n]`` from hidden states ``[n, H]``, a bounded block of logits at a time."""
         hidden, weight, bias = self.policy.output_layer(hidden)
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        size = max(1, _SAMPLE_ELEMENTS // len(weight))
+        drawn = []
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = torch.nn.functional.linear(hidden[part], weight, bias)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            drawn.append(draw(logits, numbers[part], self.sampling.temperature))
+        return drawn[0] if len(drawn) == 1 else (torch.cat([d[0] for d in drawn]), torch.cat([d[1] for d in drawn]))
 
-    def _mask(self, attended: Tensor, step: int, full: bool) -> Tensor:
-        seen = attended[:, : self.width + step]
-        return seen[:, None, None, :] if full else seen
+    def _is_end(self, tokens: Tensor) -> Tensor:
+        return tokens == self.eos if len(self.eos) == 1 else torch.isin(tokens, self.eos)
 
-    def _prefill_mask(self, full: bool) -> Tensor:
-        seen = self.attended[:, : self.width]
-        if not full:
-            return seen
-        causal = torch.ones(self.width, self.width, dtype=torch.bool, device=seen.device).tril()
-        # A padding position attends to itself, or its softmax would be over nothing.
-        diagonal = torch.eye(self.width, dtype=torch.bool, device=seen.device)
-        return ((causal & seen[:, None, :]) | diagonal)[:, None]
+    # ------------------------------------------------------------------ rows
 
-    def run(self, out: Completions, prompt_rows: Tensor) -> None:
-        """Decode, and write row ``prompt_rows[i]`` of ``out`` for each prompt i of this wave."""
-        cache, full = self._cache()
-        positions = (self.attended[:, : self.width].cumsum(-1) - 1).clamp_min(0)
-        logits = self._logits(self.input_ids, self._prefill_mask(full), positions, cache)
-        logits = logits.repeat_interleave(self.num_samples, 0)
-        cache.batch_repeat_interleave(self.num_samples)
-        attended = self.attended.repeat_interleave(self.num_samples, 0)
-        position, seeds = self.next_position, self.seeds
-        rows = torch.arange(len(seeds), device=seeds.device)  # which completion each decoded row is
-        group, sample = prompt_rows.repeat_interleave(self.num_samples), rows % self.num_samples
-        done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for step in range(self.sampling.max_new_tokens):
-            tokens, logps = draw(logits, seeds, step, self.sampling.temperature)
-            alive = ~done
-            where = (group[rows[alive]], sample[rows[alive]], step)
-            out.ids[where], out.logps[where], out.mask[where] = tokens[alive], logps[alive].to(out.logps.dtype), True
-            done = done | torch.isin(tokens, self.eos)
-            if step + 1 == self.sampling.max_new_tokens:
+    def _keep(self, num_done: int) -> Tensor | None:
+        """Drop finished rows where they are many; returns which are left, or None where all stay."""
+        if num_done < self.compaction * len(self.done):
+            return None
+        keep = (~self.done).nonzero()[:, 0]
+        self.out.lengths[self.rows] = self.lengths
+        self.cache.select(keep)
+        self.rows, self.seeds, self.starts = self.rows[keep], self.seeds[keep], self.starts[keep]
+        self.lengths, self.done = self.lengths[keep], self.done[keep]
+        return keep
+
+    def run(self) -> None:
+        """Decode token by token."""
+        limit, device = self.limit, self.seeds.device
+        numbers = uniform(self.seeds[:, None], torch.arange(limit, device=device))
+        hidden = self._prefill()
+        for step in range(limit):
+            tokens, logps = self._draw(hidden, numbers[:, step])
+            cells = self.rows * limit + step
+            # What a finished row goes on to draw lies behind its length.
+            self.out.ids.index_copy_(0, cells, tokens)
+            self.out.logps.index_copy_(0, cells, logps.to(self.out.logps.dtype))
+            self.lengths += ~self.done
+            self.done |= self._is_end(tokens)
+            num_done = int(self.done.sum())
+            if num_done == len(self.done) or step + 1 == limit:
                 break
-            num_done = int(done.sum())
-            if num_done == len(done):
+            keep = self._keep(num_done)
+            if keep is not None:
+                tokens, numbers = tokens[keep], numbers[keep]
+            positions = (self.starts + step)[:, None]
+            hidden = self._read(tokens[:, None], positions, self.width + step + 1)[:, 0]
+        self.out.truncated[self.rows] = ~self.done
+        self.out.lengths[self.rows] = self.lengths
+
+    def run_with_drafts(self, drafts: Drafts) -> None:
+        """Decode as many tokens at a time as the drafts guess rightly."""
+        limit, device = self.limit, self.seeds.device
+        hidden = self._prefill()
+        accepted = torch.ones_like(self.seeds)  # of the tokens that were drawn last
+        before = torch.full_like(self.seeds, -1)  # the last token but one
+        drawn = self._draw(hidden, uniform(self.seeds, 0))
+        tokens, logps = drawn[0][:, None], drawn[1][:, None]
+        while True:
+            offsets = torch.arange(tokens.shape[1], device=device)
+            fresh = ((offsets < accepted[:, None]) & ~self.done[:, None]).nonzero(as_tuple=True)
+            cells = ((self.rows * limit + self.lengths)[:, None] + offsets)[fresh]
+            self.out.ids.index_copy_(0, cells, tokens[fresh])
+            self.out.logps.index_copy_(0, cells, logps[fresh].to(self.out.logps.dtype))
+            last = tokens.gather(1, accepted[:, None] - 1)[:, 0]
+            before = torch.where(accepted > 1, tokens.gather(1, (accepted[:, None] - 2).clamp_min(0))[:, 0], before)
+            self.lengths = torch.where(self.done, self.lengths, self.lengths + accepted)
+            ended, full = self._is_end(last), self.lengths >= limit
+            self.out.truncated[self.rows] |= full & ~ended & ~self.done
+            self.done |= ended | full
+            num_done = int(self.done.sum())
+            if num_done == len(self.done):
                 break
-            if num_done >= self.compaction * len(done):
-                keep = (~done).nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                rows, seeds, position, attended = rows[keep], seeds[keep], position[keep], attended[keep]
-                tokens, done = tokens[keep], done[keep]
-            logits = self._logits(
-                tokens[:, None], self._mask(attended, step + 1, full), position[:, None] + step, cache
+            keep = self._keep(num_done)
+            if keep is not None:
+                last, before = last[keep], before[keep]
+                drafts.select(keep)
+
+            guessed, counts = drafts.propose(last, before, self.lengths)
+            given = torch.cat([last[:, None], guessed], -1)
+            steps = self.lengths[:, None] + torch.arange(given.shape[1], device=device)
+            # A guess may reach beyond the limit; the column of the last token is never attended to.
+            positions = self.starts[:, None] + (steps - 1).clamp_max(limit - 1)
+            hidden = self._read(given, positions, int(positions.max()) + 1)
+            tokens, logps = (
+                x.view(given.shape)
+                for x in self._draw(hidden.flatten(0, 1), uniform(self.seeds[:, None], steps).flatten())
             )
-        unfinished = rows[~done]
-        out.truncated[group[unfinished], sample[unfinished]] = True
+            right = (tokens[:, :-1] == given[:, 1:]) & ~self._is_end(tokens[:, :-1])
+            right &= torch.arange(right.shape[1], device=device) < counts[:, None]
+            accepted = 1 + right.long().cumprod(-1).sum(-1)
+            drafts.learn(accepted - 1)
+            accepted = torch.minimum(accepted, limit - self.lengths).clamp_min(1)
+            before = last
+        self.out.lengths[self.rows] = self.lengths
 
 
-def draw(logits: Tensor, seeds: Tensor, step: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution at a derived uniform number.
+def draw(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverting the cumulative distribution at a uniform number.
 
     Args:
         logits: ``[R, V]``.
-        seeds: ``[R]`` int64, one a row.
-        step: position of the token in its completion.
+        numbers: ``[R]`` float64 in [0, 1), see :func:`hdpo.functional.random.uniform`.
         temperature: 0 takes the most likely token.
 
     Returns:
@@ -226,27 +297,18 @@ def draw(logits: Tensor, seeds: Tensor, step: int, temperature: float) -> tuple[
         temperature 0 under the one of temperature 1.
 
     Example:
-        >>> from hdpo.functional.random import derive_seeds
         >>> logits = torch.tensor([[0.0, 1.0, -1.0]]).expand(20_000, 3)
-        >>> ids, _ = draw(logits, derive_seeds(torch.arange(20_000)), 0, 1.0)
-        >>> (ids.bincount() / 20_000 - logits[0].softmax(-1)).abs().max().item() < 0.01
+        >>> ids, _ = draw(logits, (torch.arange(20_000) + 0.5).double() / 20_000, 1.0)
+        >>> (ids.bincount() / 20_000 - logits[0].softmax(-1)).abs().max().item() < 0.001
         True
     """
     if temperature == 0:
         ids = logits.argmax(-1)
         return ids, (logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1))
-    all_ids: list[Tensor] = []
-    all_logps: list[Tensor] = []
-    rows = max(1, _SAMPLE_ELEMENTS // logits.shape[-1])
-    numbers = uniform(seeds, step)
-    for start in range(0, len(logits), rows):
-        part = slice(start, start + rows)
-        scaled = logits[part] if temperature == 1 else logits[part] / temperature
-        log_probs = scaled.log_softmax(-1)
-        # float64, because the sum of 150,000 float32 probabilities misses the tail's.
-        cumulative = log_probs.to(torch.float64, copy=True).exp_().cumsum_(-1)
-        threshold = numbers[part, None] * cumulative[:, -1:]
-        picked = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
-        all_ids.append(picked[:, 0])
-        all_logps.append(log_probs.gather(-1, picked)[:, 0])
-    return torch.cat(all_ids), torch.cat(all_logps)
+    scaled = logits if temperature == 1 else logits / temperature
+    log_probs = scaled.log_softmax(-1)
+    # float64, because the sum of 150,000 float32 probabilities misses the tail's.
+    cumulative = log_probs.to(torch.float64, copy=True).exp_().cumsum_(-1)
+    threshold = numbers[:, None] * cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
+    return picked[:, 0], log_probs.gather(-1, picked)[:, 0]

@@ -127,9 +127,16 @@ class VLLMEngine(GenerationEngine):
 
     @torch.no_grad()
     def generate(
-        self, policy: Policy, prompts: Sequence[Sequence[int]], seeds: Tensor, sampling: SamplingConfig
+        self,
+        policy: Policy,
+        prompts: Sequence[Sequence[int]],
+        seeds: Tensor,
+        sampling: SamplingConfig,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> Completions:
-        """See :meth:`GenerationEngine.generate`. Under FSDP2 and tensor parallelism all ranks must call it together.
+        """See :meth:`GenerationEngine.generate`; drafts are ignored.
+
+        Under FSDP2 and tensor parallelism all ranks must call it together.
 
         Raises:
             ValueError: a temperature or a length that vLLM would silently change.

@@ -16,7 +16,7 @@ class ScriptedEngine:
     def __init__(self):
         self.calls = []
 
-    def generate(self, policy, prompts, seeds, sampling):
+    def generate(self, policy, prompts, seeds, sampling, drafts=None):
         self.calls.append((list(prompts), seeds.clone(), sampling))
         right = (seeds & 1).bool() if sampling.temperature else torch.ones_like(seeds, dtype=torch.bool)
         ids = torch.tensor([[[p[0] if r else 0] for r in row] for p, row in zip(prompts, right.tolist(), strict=True)])
@@ -33,6 +33,9 @@ class ScriptedEngine:
 
 class Tokenizer:
     eos_token_id = 1
+
+    def encode(self, text, add_special_tokens):
+        return []
 
     def batch_decode(self, ids, skip_special_tokens):
         return [f"\\boxed{{{i[0]}}}" for i in ids]

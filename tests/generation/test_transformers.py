@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from hdpo.experience import Sequences
-from hdpo.functional.random import derive_seeds
+from hdpo.functional.random import derive_seeds, uniform
 from hdpo.generation import SamplingConfig, TransformersEngine
 from hdpo.generation.transformers import draw
 from hdpo.policy import Policy
@@ -128,7 +128,7 @@ def test_draw_follows_the_distribution():
     logits = torch.tensor([2.0, 0.0, -1.0, float("-inf"), 1.0])
     num = 200_000
     for temperature in (1.0, 0.5, 2.0):
-        ids, logps = draw(logits.expand(num, 5), derive_seeds(3, torch.arange(num)), 4, temperature)
+        ids, logps = draw(logits.expand(num, 5), uniform(derive_seeds(3, torch.arange(num)), 4), temperature)
         expected = (logits.double() / temperature).softmax(-1)
         counts = ids.bincount(minlength=5)
         assert counts[3] == 0

@@ -1,0 +1,72 @@
+"""Decoding several tokens at a time where a completion probably repeats a known text.
+
+A privileged rollout often repeats the reference solution that its prompt shows. Its next tokens are therefore guessed
+from that text and read by the policy in one forward pass (prompt lookup decoding: Saxena, 2023; speculative sampling:
+Leviathan et al., 2023). Every position draws its token with the random number that belongs to it, so the completion is
+the one that decoding token by token would have drawn; a wrong guess costs a little computation, never correctness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Drafts"]
+
+_FIRST, _LEAST, _MOST = 24, 4, 64
+_NONE = -1
+
+
+class Drafts:
+    """Guesses for the rows of one decoding batch.
+
+    Args:
+        drafts: one text a row, as token ids; may be empty.
+        device: where the rows are decoded.
+    """
+
+    def __init__(self, drafts: Sequence[Sequence[int]], device: torch.device) -> None:
+        width = max(map(len, drafts), default=0)
+        rows = [[*d, *[_NONE] * (width - len(d))] for d in drafts]
+        self.ids = torch.tensor(rows, dtype=torch.int64, device=device).view(len(drafts), width)
+        self.lengths = torch.tensor([len(d) for d in drafts], device=device)
+        #: How many tokens are guessed at a time: what went well last time, doubled.
+        self.window = torch.full((len(drafts),), _FIRST, device=device)
+
+    def propose(self, last: Tensor, before: Tensor, emitted: Tensor) -> tuple[Tensor, Tensor]:
+        """Guess the tokens that follow.
+
+        The guess goes on after the place in the draft where the last two tokens stand, the one nearest to the
+        completion's own length; where they stand nowhere, it goes on at that length (one token was replaced).
+
+        Args:
+            last: ``[R]`` the last token of each completion.
+            before: ``[R]`` the one before it, -1 for none.
+            emitted: ``[R]`` length of each completion so far.
+
+        Returns:
+            Guesses ``[R, m]`` and how many of each row's are meant, ``[R]``; m may be 0.
+        """
+        width = self.ids.shape[1]
+        start = emitted
+        if width > 1:
+            columns = torch.arange(2, width + 1, device=last.device)
+            found = (self.ids[:, :-1] == before[:, None]) & (self.ids[:, 1:] == last[:, None])
+            distance = torch.where(found, (columns - emitted[:, None]).abs(), 2 * width + emitted[:, None])
+            nearest = distance.argmin(-1)
+            start = torch.where(found.any(-1), nearest + 2, emitted)
+        counts = torch.minimum((self.lengths - start).clamp_min(0), self.window)
+        most = int(counts.max()) if len(counts) else 0
+        index = (start[:, None] + torch.arange(most, device=last.device)).clamp_max(max(width - 1, 0))
+        # What is not meant is read all the same, so it must be a token.
+        return (self.ids.gather(1, index).clamp_min(0) if most else self.ids[:, :0]), counts
+
+    def learn(self, accepted: Tensor) -> None:
+        """Guess more after good guesses, less after bad ones; ``accepted`` ``[R]`` tokens were right."""
+        self.window = (2 * accepted).clamp(_LEAST, _MOST)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        self.ids, self.lengths, self.window = self.ids[rows], self.lengths[rows], self.window[rows]
