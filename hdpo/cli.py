@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -31,6 +32,7 @@ commands that run a configuration (`COMMAND --help` lists every key):
   predict     write completions as JSON lines
 
 commands about runs:
+  plan        --config FILE [--devices N --memory_gb 80]  memory and seconds on GPUs: what fits, and with which overlay
   report      RUN [RUN ...]            table, picture and TensorBoard curves of the lambda trade-off
   sweep       --config FILE --weights 0,0.1,1 --seeds 3   one run after another; finished ones are kept
   export      --config FILE --ckpt_path FILE --out DIR    a checkpoint as a Hugging Face model
@@ -78,7 +80,7 @@ def _lightning_cli(args: Sequence[str]) -> None:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             if not self.exit_on_error or os.environ.get("HDPO_TRACEBACK") == "1":
                 super().error(message, ex)
-            message = (_message(ex) if ex is not None else None) or _one_line(message)
+            message = (_message(ex) if ex is not None else None) or _explained(_one_line(message))
             print(f"hdpo: error: {message} (all keys: python -m hdpo {args[0]} --help)", file=sys.stderr)
             raise SystemExit(2)
 
@@ -128,6 +130,19 @@ def _one_line(message: str) -> str:
     return " ".join(line for line in lines if line and not line.startswith(("Given value type:", "Given value:")))
 
 
+_TRUNCATED_SAMPLING = re.compile(r"\b(top_p|top_k|min_p)\b")
+
+
+def _explained(message: str) -> str:
+    """Say why there is no such key where a user looks for truncated sampling."""
+    if found := _TRUNCATED_SAMPLING.search(message):
+        return (
+            f"{found[1]} is refused: the loss needs the log-probabilities of the distribution that was sampled, so "
+            f"completions come from the full one ({message})"
+        )
+    return message
+
+
 def _quieten() -> None:
     """Silence what says nothing about this run; errors and real warnings stay."""
     import transformers
@@ -137,6 +152,8 @@ def _quieten() -> None:
         # The checkpoint holds the weights after the step, which is what is wanted.
         "Using ModelCheckpoint with manual optimization",
         r".*isinstance\(treespec, LeafSpec\)",
+        # The metrics of an evaluation have merged all ranks' counts already.
+        r"It is recommended to use `self\.log\(.*sync_dist=True",
         # Prompts are token ids already: there is nothing for loader processes to do.
         ".*does not have many workers",
     ):
@@ -149,6 +166,12 @@ def _seed(value: bool | int) -> int:
     if isinstance(value, bool):
         raise ValueError("seed_everything must be an integer: every random number of a run derives from it")
     return value
+
+
+def _plan(args: Sequence[str]) -> int:
+    from hdpo.analysis import plan
+
+    return plan.main(list(args), run=main)
 
 
 def _report(args: Sequence[str]) -> int:
@@ -169,7 +192,7 @@ def _export(args: Sequence[str]) -> int:
     return export_main(list(args))
 
 
-_OWN_COMMANDS = {"report": _report, "sweep": _sweep, "export": _export}
+_OWN_COMMANDS = {"plan": _plan, "report": _report, "sweep": _sweep, "export": _export}
 _LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 

@@ -210,6 +210,8 @@ def _has_vllm():
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--rollouts.num_generations=many"], "num_generations"),
         (["--model.teacher=professor"], "teacher"),
+        (["--rollouts.top_p=0.9"], "top_p is refused: the loss needs the log-probabilities"),
+        (["--rollouts={'top_k': 50}"], "top_k is refused: the loss needs the log-probabilities"),
     ],
 )
 def test_bad_keys_are_named_before_anything_runs(workplace, capsys, arguments, message):
