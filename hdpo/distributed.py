@@ -70,7 +70,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def merged_means(statistics: Statistics) -> dict[str, float]:
-    """Means over the observations of all ranks; the names may differ from rank to rank."""
+    """Means, totals and maxima over the observations of all ranks; the names may differ from rank to rank."""
     merged = Statistics()
     for items in gather_objects(statistics.items()):
         merged.merge(items)

@@ -14,6 +14,7 @@ by the prompt's text (two equal problems in a batch are two groups).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,13 +29,17 @@ __all__ = ["Completions", "DistillationBatch", "Experience", "Prompts", "Rollout
 class Statistics:
     """Weighted means in the making: name -> (sum, count), so that micro-batches and ranks merge exactly.
 
+    A name that ends in ``_max`` is a maximum: the largest of its observations, on whatever rank.
+
     Example:
         >>> stats = Statistics()
         >>> stats.add("rollout/reward", 3.0, count=4)
         >>> stats.add("rollout/reward", 0.0, count=4)
         >>> stats.add("verifier/timeout", 2.0, count=None)  # a plain total
+        >>> stats.add("sampler/logprob_gap_max", 0.25)
+        >>> stats.merge([("rollout/reward", 1.0, 8.0), ("sampler/logprob_gap_max", 0.125, None)])
         >>> stats.means()
-        {'rollout/reward': 0.375, 'verifier/timeout': 2.0}
+        {'rollout/reward': 0.25, 'verifier/timeout': 2.0, 'sampler/logprob_gap_max': 0.25}
     """
 
     def __init__(self) -> None:
@@ -43,6 +48,12 @@ class Statistics:
 
     def add(self, name: str, total: float | Tensor, count: float | None = 1.0) -> None:
         """Add ``total``, the sum over ``count`` observations. ``count=None`` marks a total that is never divided."""
+        if name.endswith("_max"):
+            # Not the built-in order: a value that is not a number must not be lost.
+            values = (float(total), self._sums.get(name, -math.inf))
+            self._sums[name] = max(values, key=lambda value: (math.isnan(value), value))
+            self._counts[name] = None
+            return
         self._sums[name] += float(total)
         if count is None:
             self._counts[name] = None
@@ -59,7 +70,7 @@ class Statistics:
             self.add(name, total, count)
 
     def means(self) -> dict[str, float]:
-        """Return name -> sum / count; names with a count of zero are left out, totals are returned as they are."""
+        """Return name -> sum / count; names with a count of zero are left out, totals and maxima are as they are."""
         return {
             name: total if count is None else total / count
             for name, total, count in self.items()

@@ -107,6 +107,8 @@ class Tape(Callback):
                 "signal": (batch.rollouts.rewards.std(-1) > 0).tolist(),
                 "distilled": list(batch.distillation.student.completion_ids) if batch.distillation else [],
                 "denominators": [items[k][1] for k in ("loss/policy",)] + [items.get("loss/distillation", (0, 0))[1]],
+                "gap": items.get("sampler/logprob_gap_max", (None,))[0],
+                "merged_gap": batch.metrics.get("sampler/logprob_gap_max"),
                 "metrics": {k: v for k, v in batch.metrics.items() if not k.startswith(("time/", "sampler/"))},
                 "syncs": self.syncs,
                 "backwards": self.backwards,

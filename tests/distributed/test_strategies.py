@@ -112,6 +112,14 @@ def test_the_filter_of_privileged_rollouts_is_at_work(single):
     assert not any(step["distilled"] for step in nothing["steps"])
 
 
+def test_a_maximum_is_the_largest_of_all_ranks(several):
+    out, world = several
+    steps = [rank["steps"][0] for rank in results(out, "drifting", world)]
+    gaps = [step["gap"] for step in steps]
+    assert min(gaps) < max(gaps)
+    assert [step["merged_gap"] for step in steps] == [max(gaps)] * world
+
+
 def test_gradients_are_averaged_once_a_step_after_the_same_number_of_passes(several):
     out, world = several
     ranks = [rank["steps"] for rank in results(out, "drifting", world)]
