@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -10,7 +13,66 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 __all__ = ["BestCheckpoint", "LastCheckpoint"]
 
 
-class LastCheckpoint(ModelCheckpoint):
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _siblings(path: Path) -> tuple[Path, Path]:
+    """Where the checkpoint at ``path`` is written: first the one that ``path`` is no link to."""
+    one, two = (path.with_name(f".{path.name}.{letter}") for letter in "ab")
+    return (two, one) if path.is_symlink() and os.readlink(path) == one.name else (one, two)
+
+
+def _put_in_place(path: Path) -> None:
+    """Let ``path`` be what was written to its first sibling; at every moment it is a whole checkpoint.
+
+    No system call replaces a folder by another. So the path of a folder is a link, and the link is replaced.
+    """
+    written, other = _siblings(path)
+    if not written.is_dir():
+        os.replace(written, path)
+    else:
+        if path.is_dir() and not path.is_symlink():  # a copy that somebody made
+            _remove(other)
+            path.rename(other)
+        link = path.with_name(f".{path.name}.link")
+        _remove(link)
+        link.symlink_to(written.name)
+        os.replace(link, path)
+    _remove(other)
+
+
+class _AtomicCheckpoint(ModelCheckpoint):
+    """Writes a checkpoint beside its path; it takes the path when all ranks have written their part.
+
+    Lightning writes an FSDP2 checkpoint into the folder of the one before, and moves a file there from another file
+    system: a run that is killed meanwhile leaves neither the old nor the new one.
+    """
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        if "://" in filepath:
+            super()._save_checkpoint(trainer, filepath)
+            return
+        path = Path(filepath)
+        written = Path(trainer.strategy.broadcast(str(_siblings(path)[0])))
+        if trainer.is_global_zero:
+            _remove(written)  # what a killed run left
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(written, self.save_weights_only)  # ends with a barrier
+        if trainer.is_global_zero:
+            _put_in_place(path)
+        trainer.strategy.barrier()
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
+
+
+class LastCheckpoint(_AtomicCheckpoint):
     """Keeps ``last.ckpt``, with everything that an exact resume needs; also written when a run breaks off.
 
     Args:
@@ -46,7 +108,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(_AtomicCheckpoint):
     """Keeps the checkpoint with the best validation metric.
 
     Args:

@@ -121,15 +121,27 @@ class Tape(Callback):
         self.validation = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
 
 
-class Kill(Callback):
-    """Kills the process without any clean-up in the middle of a step."""
+class KillWhileSaving(Callback):
+    """Kills one process without any clean-up while the ranks write a checkpoint.
+
+    A file is written by then, but not in place yet; of a folder the parts of the other ranks may be written.
+    """
 
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def on_train_start(self, trainer, pl_module):
+        strategy, save = trainer.strategy, trainer.strategy.save_checkpoint
+
+        def killed(*args, **kwargs):
+            last = trainer.global_step == self.step
+            if last and isinstance(strategy, ModelParallelStrategy) and trainer.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(*args, **kwargs)
+            if last and trainer.global_rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        strategy.save_checkpoint = killed
 
 
 def full_weights(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -164,7 +176,7 @@ def run(scenario: dict[str, Any], name: str, out: Path, rank: int, world: int) -
     stations = trainer.callbacks
     stations.insert(1, Script(scenario.get("patterns", PATTERNS)))
     if "kill_at" in scenario:
-        stations.append(Kill(scenario["kill_at"]))
+        stations.append(KillWhileSaving(scenario["kill_at"]))
     last = next(c for c in stations if isinstance(c, LastCheckpoint))
     last._every_n_train_steps = scenario.get("checkpoint_every", 1000)
     module = toy.module(**{"micro_batch_tokens": 256, **options})

@@ -144,23 +144,26 @@ def test_repeated_validation_problems_do_not_count(single, several):
 
 @pytest.fixture(scope="session", params=["ddp", "fsdp2"])
 def interrupted(request, tmp_path_factory):
-    """A straight run of four steps, and one that is killed in its third step and resumed."""
+    """A straight run of four steps; and one that is killed in saving its fourth, and resumed from its second."""
     out = tmp_path_factory.mktemp(f"resume-{request.param}") / "out"
-    run = {"adamw": True, "module": {"teacher": "ema"}, "checkpoint_every": 2, "steps": 4}
-    run["distillation"] = KEEP_ALL
+    run = {"adamw": True, "module": {"teacher": "ema"}, "checkpoint_every": 2, "steps": 4, "distillation": KEEP_ALL}
     straight = {**run, "name": "straight", "folder": "straight"}
-    killed = {**run, "name": "killed", "folder": "killed", "kill_at": 2}
+    killed = {**run, "name": "killed", "folder": "killed", "kill_at": 4}
     run_scenarios(out, request.param, 2, [straight], timeout=240)
     run_scenarios(out, request.param, 2, [killed], timeout=240, expected=-signal.SIGKILL)
     (checkpoint,) = (out / "killed").rglob("last.ckpt")
     assert checkpoint.is_dir() == (request.param == "fsdp2")
+    assert len(list(checkpoint.parent.iterdir())) > 1, "nothing was being written"
     resumed = {**run, "name": "resumed", "folder": "killed", "ckpt_path": str(checkpoint)}
     run_scenarios(out, request.param, 2, [resumed], timeout=240)
     return out, checkpoint
 
 
-def test_a_killed_run_resumes_exactly(interrupted):
-    out, _ = interrupted
+def test_a_run_killed_while_saving_resumes_exactly_from_the_checkpoint_before(interrupted):
+    out, checkpoint = interrupted
+    # The new checkpoint took the old one's place, and nothing else is left.
+    assert {checkpoint, checkpoint.resolve()} == set(checkpoint.parent.iterdir())
+    assert len(results(out, "resumed", 2)[0]["steps"]) == 2
     for mine, theirs in zip(results(out, "resumed", 2), results(out, "straight", 2), strict=True):
         assert [s["rollouts"] for s in mine["steps"]] == [s["rollouts"] for s in theirs["steps"][2:]]
         assert [s["metrics"] for s in mine["steps"]] == [s["metrics"] for s in theirs["steps"][2:]]
