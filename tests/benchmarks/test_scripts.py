@@ -32,7 +32,7 @@ def rows(tmp_path, name, *arguments):
     return result["rows"]
 
 
-@pytest.mark.parametrize("name", ["update", "memory", "rollouts", "step"])
+@pytest.mark.parametrize("name", ["update", "memory", "rollouts", "step", "gpu_step"])
 def test_help_says_how_it_is_called(name):
     done = run(name, "--help")
     assert done.returncode == 0
@@ -77,3 +77,35 @@ def test_step_sees_the_same_rollouts_with_and_without_distillation(tmp_path):
     assert grpo["cliff/fraction"] == hdpo["cliff/fraction"] > 0
     assert grpo["privileged"] == 0 < hdpo["privileged"]
     assert hdpo["steps"] == 2
+
+
+def test_gpu_step_goes_through_every_station_with_exactly_the_cliffs_asked_for(tmp_path):
+    from hdpo.analysis.cost import SHAPES, update_flops
+
+    sizes = ("--prompts", 4, "--completions", 2, "--new-tokens", 24, "--mean-tokens", 16, "--prompt-tokens", 10)
+    found = rows(tmp_path, "gpu_step", "--shape", "toy", *sizes, "--privileged-tokens", 30, "--cliffs", 0.5)
+    stations = {row["station"]: row for row in found}
+    assert list(stations) == ["rollouts", "scoring", "privileged", "teacher", "update", "step"]
+    step, update = stations["step"], stations["update"]
+    assert step["cliffs"] == [2]
+    assert step["kept"] == [4], "every second of four privileged rollouts of two cliffs"
+    assert 8 <= stations["rollouts"]["tokens"] <= 4 * 2 * 24
+    assert 8 <= stations["privileged"]["tokens"] <= 2 * 4 * 24
+    # Two mixed prompts with two rollouts each and four distilled ones; the teacher reads 30 tokens more of the latter.
+    assert 8 * 11 <= update["tokens"] <= 8 * 34
+    assert 4 * 41 <= stations["teacher"]["tokens"] <= 4 * 64
+    completions = update["tokens"] - 8 * 10
+    flops = update_flops(SHAPES["toy"], update["tokens"], completion_tokens=completions)
+    assert update["TFLOP"] == pytest.approx(flops / 1e12)
+    parts = sum(stations[name]["seconds"] for name in ("rollouts", "scoring", "privileged", "teacher", "update"))
+    assert 0 < parts <= step["seconds"]
+    assert all(stations[name]["peak_GiB"] > 0 < stations[name]["plan_GiB"] for name in ("rollouts", "update", "step"))
+
+
+def test_gpu_step_measures_grpo_on_problems_without_cliffs(tmp_path):
+    sizes = ("--prompts", 2, "--completions", 2, "--new-tokens", 8, "--mean-tokens", 8, "--prompt-tokens", 10)
+    found = rows(tmp_path, "gpu_step", "--shape", "toy", *sizes, "--cliffs", 0, "--peak-tflops", 1)
+    stations = {row["station"]: row for row in found}
+    assert stations["step"]["cliffs"] == stations["step"]["kept"] == [0]
+    assert stations["teacher"]["tokens"] == stations["teacher"]["seconds"] == 0
+    assert stations["update"]["mfu"] == pytest.approx(stations["update"]["TFLOP"] / stations["update"]["seconds"])
