@@ -37,7 +37,7 @@ test-slow: $(READY) ## The slow tests
 	@echo "== slow tests"
 	$(BIN)/python -m pytest -q -m "slow and not vllm"
 
-.venv-vllm/.ready: pyproject.toml .ci/constraints.txt .ci/install-vllm
+.venv-vllm/.ready: pyproject.toml .ci/constraints.txt .ci/constraints-vllm.txt .ci/install-vllm
 	@echo "== creating .venv-vllm (vLLM's CPU build brings many packages)"
 	bash .ci/install-vllm .venv-vllm
 	@touch $@
