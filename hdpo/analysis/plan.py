@@ -179,12 +179,21 @@ def _alternatives(setup: Setup) -> list[Setup]:
     return sorted(found, key=lambda other: other != setup)
 
 
-def _arguments(work: Workload, setup: Setup, before: Workload, start: Setup) -> list[str]:
-    """Command-line arguments that lead from one plan to another."""
+def _arguments(work: Workload, setup: Setup, before: Workload, start: Setup, shards: int | None) -> list[str]:
+    """Command-line arguments that lead from one plan to another.
+
+    Args:
+        work: what fits.
+        setup: what fits.
+        before: as configured.
+        start: as configured; ``auto`` is DDP.
+        shards: as configured, FSDP2's ``data_parallel_size``.
+    """
     found = []
-    if setup.strategy != start.strategy or (setup.devices > 1 and start.strategy == "ddp"):
-        found += [f"--config {_OVERLAY[setup.strategy]}"] if setup.devices > 1 else []
-    if setup.strategy == "fsdp2" and setup.devices != 8:
+    if setup.strategy != start.strategy:
+        found.append(f"--config {_OVERLAY[setup.strategy]}")
+        shards = 8  # the overlay's
+    if setup.strategy == "fsdp2" and setup.devices != shards:
         found.append(f"--trainer.strategy.init_args.data_parallel_size {setup.devices}")
     if setup.engine != start.engine:
         found.append(f"--config {_VLLM_OVERLAY}" if setup.engine == "vllm" else "--model.engine TransformersEngine")
@@ -251,7 +260,13 @@ def _print_time(
 
 
 def _print_fits(
-    shape: Shape, work: Workload, setup: Setup, hardware: Hardware, lengths: Lengths, out: Callable[[str], None]
+    shape: Shape,
+    work: Workload,
+    setup: Setup,
+    shards: int | None,
+    hardware: Hardware,
+    lengths: Lengths,
+    out: Callable[[str], None],
 ) -> bool:
     fitting = [pair for other in _alternatives(setup) if (pair := fitted(shape, work, other))]
     out("")
@@ -263,7 +278,7 @@ def _print_fits(
     for here, now in fitting:
         total, _ = peak(memory(shape, here, now))
         seconds = sum(cost.seconds for cost in step_cost(shape, here, now, hardware, lengths).values())
-        changes = " ".join(_arguments(here, now, work, setup)) or "as configured"
+        changes = " ".join(_arguments(here, now, work, setup, shards)) or "as configured"
         name = f"{_strategy_name(now)}, {now.engine} engine"
         out(f"fits: {name}, {_gib(total)} GiB, about {seconds:.0f} s a step: {changes}")
     return bool(fitting)
@@ -382,4 +397,5 @@ def main(args: Sequence[str], run: Callable[[list[str]], int]) -> int:
     for strategy in _STRATEGIES if setup.devices > 1 else _STRATEGIES[:1]:
         _print_memory(shape, work, replace(setup, strategy=strategy), print)
     _print_time(shape, work, setup, hardware, lengths, print)
-    return 0 if _print_fits(shape, work, setup, hardware, lengths, print) else 1
+    shards = _get(config, "trainer.strategy.init_args.data_parallel_size")
+    return 0 if _print_fits(shape, work, setup, shards, hardware, lengths, print) else 1
