@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from hdpo.distributed import all_max
 
 __all__ = ["BestCheckpoint", "LastCheckpoint"]
 
@@ -73,7 +78,11 @@ class _AtomicCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(_AtomicCheckpoint):
-    """Keeps ``last.ckpt``, with everything that an exact resume needs; also written when a run breaks off.
+    """Keeps ``last.ckpt``, with everything that an exact resume needs.
+
+    It is written at each interval, after the last step, and when a run of one process breaks off. A run of several
+    processes is also saved when any of them is asked to end (SIGTERM): all of them finish the step, save and end.
+    After an error in one of them what stays is the checkpoint of the last interval.
 
     Args:
         every_n_steps: interval in optimizer steps.
@@ -91,6 +100,42 @@ class LastCheckpoint(_AtomicCheckpoint):
             save_on_exception=True,
             enable_version_counter=False,
         )
+        self._asked_to_end: bool | None = None  # None: Lightning's handler is in place
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Start anew: a callback may serve several fits."""
+        super().setup(trainer, pl_module, stage)
+        self._asked_to_end = None
+
+    def _listen(self, trainer: Any) -> None:
+        """Take note of SIGTERM, where several processes must end together.
+
+        Lightning's handler starts a collective wherever the process happens to be. Unless all ranks are at the same
+        one, they wait for each other for ever.
+        """
+        several = trainer.state.fn == TrainerFn.FITTING and trainer.world_size > 1
+        if several and self._asked_to_end is None and threading.current_thread() is threading.main_thread():
+            self._asked_to_end = False
+            # Lightning puts back what was there before the fit.
+            signal.signal(signal.SIGTERM, self._take_note)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Listen from the evaluation before the first step on."""
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Listen from the first step on, where there was no evaluation before it."""
+        super().on_train_start(trainer, pl_module)
+        self._listen(trainer)
+
+    def _take_note(self, *_: object) -> None:
+        self._asked_to_end = True
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save at the interval; end on all ranks if any was asked to."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._asked_to_end is not None and all_max([self._asked_to_end], pl_module.device)[0]:
+            raise SIGTERMException
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Keep the state of a run that breaks off, unless one of several ranks may be alone with its error.

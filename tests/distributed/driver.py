@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from hdpo.callbacks import LastCheckpoint
@@ -144,6 +146,17 @@ class KillWhileSaving(Callback):
         strategy.save_checkpoint = killed
 
 
+class Terminate(Callback):
+    """Asks one process alone, the last one, to end: at the start of a step, before the ranks meet."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def full_weights(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Unsharded weights, cloned; on the first rank only under FSDP2."""
     return {k: v.detach().clone() for k, v in full_state_dict(policy).items()}
@@ -177,11 +190,14 @@ def run(scenario: dict[str, Any], name: str, out: Path, rank: int, world: int) -
     stations.insert(1, Script(scenario.get("patterns", PATTERNS)))
     if "kill_at" in scenario:
         stations.append(KillWhileSaving(scenario["kill_at"]))
+    if "terminate_at" in scenario:
+        stations.insert(0, Terminate(scenario["terminate_at"]))
     last = next(c for c in stations if isinstance(c, LastCheckpoint))
     last._every_n_train_steps = scenario.get("checkpoint_every", 1000)
     module = toy.module(**{"micro_batch_tokens": 256, **options})
     data = toy.datamodule(out.parent, **{"prompts_per_step": PROMPTS_PER_STEP, "num_val_problems": 7})
-    trainer.fit(module, datamodule=data, ckpt_path=scenario.get("ckpt_path"))
+    with suppress(SIGTERMException) if "terminate_at" in scenario else nullcontext():
+        trainer.fit(module, datamodule=data, ckpt_path=scenario.get("ckpt_path"))
     assert isinstance(module.greedy_accuracy, GreedyAccuracy)
     torch.save(
         {"steps": tape.steps, "validation": tape.validation, "average": _average(module)},

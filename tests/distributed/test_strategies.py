@@ -30,6 +30,8 @@ SCENARIOS = [
     {"name": "nothing", "folder": "nothing", "steps": 2, "distillation": {"success_reward": 2.0}},
 ]
 NAMES = [s["name"] for s in SCENARIOS]
+# The last rank is asked to end in its second step.
+TERMINATED = {"name": "terminated", "folder": "terminated", "steps": 5, "terminate_at": 1}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -47,7 +49,7 @@ def several(request, tmp_path_factory):
     """The same scenarios in several processes."""
     strategy, world = request.param
     out = tmp_path_factory.mktemp(f"{strategy}{world}") / "out"
-    run_scenarios(out, strategy, world, SCENARIOS, timeout=240)
+    run_scenarios(out, strategy, world, [*SCENARIOS, TERMINATED], timeout=240)
     return out, world
 
 
@@ -127,6 +129,14 @@ def test_gradients_are_averaged_once_a_step_after_the_same_number_of_passes(seve
         assert [part["syncs"] for part in parts] == [1] * world
         assert len({part["backwards"] for part in parts}) == 1
     assert max(part["backwards"] for part in ranks[0]) > 2
+
+
+def test_one_process_that_is_asked_to_end_saves_and_ends_with_the_others(several):
+    out, world = several
+    assert [len(rank["steps"]) for rank in results(out, "terminated", world)] == [2] * world
+    (checkpoint,) = (out / "terminated").rglob("last.ckpt")
+    content = torch.load(checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint, weights_only=False)
+    assert content["global_step"] == 2
 
 
 def test_repeated_validation_problems_do_not_count(single, several):
