@@ -120,6 +120,22 @@ def _await() -> None:
         torch.cuda.synchronize()
 
 
+def _await_teacher(batch: Experience) -> None:
+    """Where the teacher reads inside the update, while privileged answers are graded, await its work there."""
+    finish = getattr(batch, "finish_distillation", None)
+    if finish is None:
+        return
+
+    def awaited() -> None:
+        finish()
+        started = time.perf_counter()
+        _await()
+        if batch.distillation is not None:
+            batch.statistics.add("time/teacher", time.perf_counter() - started, 0.0)
+
+    batch.finish_distillation = awaited
+
+
 def _peak() -> float:
     return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()) / GIB
 
@@ -147,6 +163,7 @@ class Watch(Callback):
             step["peak_before"] = _peak()
             if batch.distillation is not None:
                 batch.statistics.add("time/teacher", time.perf_counter() - started, 0.0)
+            _await_teacher(batch)
         else:
             self.sampled.clear()
             self.steps.append({})
