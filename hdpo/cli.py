@@ -70,6 +70,8 @@ def _lightning_cli(args: Sequence[str]) -> None:
         SampleLogger,
     )
     from hdpo.data import OpenMathDataModule
+    from hdpo.data.sampler import TrainSampler
+    from hdpo.distributed import check_strategy
     from hdpo.module import HDPOModule
 
     _quieten()
@@ -108,7 +110,21 @@ def _lightning_cli(args: Sequence[str]) -> None:
             if path is not None and path not in ("last", "best", "hpc") and not Path(path).exists():
                 raise FileNotFoundError(f"--ckpt_path: there is no file or folder {path!r}")
 
-        before_fit = before_validate = before_test = before_predict = _check_checkpoint
+        def _check(self) -> None:
+            """Refuse what cannot work, before Lightning starts the other processes."""
+            self._check_checkpoint()
+            check_strategy(self.trainer.strategy, self._num_processes)
+
+        @property
+        def _num_processes(self) -> int:
+            return int(self.trainer.num_devices * self.trainer.num_nodes)  # trainer.world_size is not known yet
+
+        before_validate = before_test = before_predict = _check
+
+        def before_fit(self) -> None:
+            """As for the other commands, and refuse an indivisible batch."""
+            self._check()
+            TrainSampler(1, self.datamodule.prompts_per_step, num_ranks=self._num_processes, seed=0)
 
     HDPOCLI(
         HDPOModule,

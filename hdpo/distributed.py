@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "all_max",
     "all_sum",
+    "check_strategy",
     "full_state_dict",
     "gather_objects",
     "gathered_parameters",
@@ -58,6 +59,28 @@ def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
 def all_max(values: Sequence[float], device: torch.device) -> list[float]:
     """Maximum of each value over all ranks."""
     return _reduce(values, device, dist.ReduceOp.MAX)
+
+
+def check_strategy(strategy: Any, num_processes: int) -> None:
+    """Refuse an FSDP2 strategy that does not split the data, and nothing else, over all processes.
+
+    Raises:
+        ValueError: the message names the key, and what to set.
+    """
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    # Lightning's "auto" is one process a machine for the data, and the rest for the policy's tensors.
+    for key, value, needed in (
+        ("tensor_parallel_size", strategy._tensor_parallel_size, 1),
+        ("data_parallel_size", strategy._data_parallel_size, num_processes),
+    ):
+        if value != needed:
+            raise ValueError(
+                f"trainer.strategy.init_args.{key} is {value}, but must be {needed} with {num_processes} processes "
+                f"(trainer.devices x trainer.num_nodes): add --trainer.strategy.init_args.{key} {needed}"
+            )
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
+from hdpo.distributed import check_strategy
 from tests.distributed.launch import ROOT, environment, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -55,9 +57,42 @@ def test_fit_with_an_overlay(tmp_path, overlay):
     assert (run / "checkpoints/last.ckpt").is_dir() == (overlay == "fsdp2")
 
 
-def test_an_indivisible_batch_is_refused_in_one_line(tmp_path):
-    text = fit(tmp_path, "ddp", more={"data.prompts_per_step": 5}, expected=2)
-    errors = [line for line in text.splitlines() if line.startswith("hdpo: error:")]
-    assert errors
-    assert all("data.prompts_per_step=5 cannot be split evenly over 2 ranks" in line for line in errors)
+DATA_PARALLEL = "trainer.strategy.init_args.data_parallel_size"
+
+
+@pytest.mark.parametrize(("overlay", "more", "message"), [
+    (
+        "ddp",
+        {"data.prompts_per_step": 5},
+        "data.prompts_per_step=5 cannot be split evenly over 2 ranks: choose a positive multiple of 2",
+    ),
+    (
+        "fsdp2",
+        {},
+        f"{DATA_PARALLEL} is 8, but must be 2 with 2 processes (trainer.devices x trainer.num_nodes): "
+        f"add --{DATA_PARALLEL} 2",
+    ),
+], ids=["batch", "strategy"])  # fmt: skip
+def test_what_cannot_be_split_is_refused_in_one_line(tmp_path, overlay, more, message):
+    text = fit(tmp_path, overlay, more=more, expected=2)
+    assert [line for line in text.splitlines() if "rror" in line] == [f"hdpo: error: {message}"]
     assert "Traceback" not in text
+    assert "MEMBER" not in text, "refused only after the other processes were started"
+
+
+@pytest.mark.parametrize(("data", "tensor", "message"), [
+    (2, 1, "data_parallel_size is 2, but must be 4"),
+    (8, 1, "data_parallel_size is 8, but must be 4"),
+    ("auto", 1, "data_parallel_size is auto, but must be 4"),
+    (2, 2, "tensor_parallel_size is 2, but must be 1"),
+    (4, "auto", "tensor_parallel_size is auto, but must be 1"),
+])  # fmt: skip
+def test_fsdp2_must_split_the_data_and_nothing_else(data, tensor, message):
+    strategy = ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor)
+    with pytest.raises(ValueError, match=f"trainer.strategy.init_args.{message} with 4 processes"):
+        check_strategy(strategy, 4)
+
+
+def test_a_fitting_strategy_passes():
+    check_strategy(ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1), 4)
+    check_strategy(DDPStrategy(), 4)
