@@ -16,14 +16,23 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Completions", "DistillationBatch", "Experience", "Prompts", "Rollouts", "Sequences", "Statistics"]
+__all__ = [
+    "Completions",
+    "DistillationBatch",
+    "Experience",
+    "Prompts",
+    "Rollouts",
+    "Sequences",
+    "Statistics",
+    "merge_equal",
+]
 
 
 class Statistics:
@@ -187,6 +196,19 @@ class Sequences(NamedTuple):
         return sum(len(c) for c in self.completion_ids)
 
 
+def merge_equal(items: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+    """Where each different item stands first, and how many times it occurs.
+
+    Example:
+        >>> merge_equal(["a", "b", "a", "a"])
+        ([0, 1], [3, 1])
+    """
+    counts: dict[Hashable, list[int]] = {}
+    for i, item in enumerate(items):
+        counts.setdefault(item, [i, 0])[1] += 1
+    return [first for first, _ in counts.values()], [count for _, count in counts.values()]
+
+
 @dataclass
 class DistillationBatch:
     """The distillation set T of one step: correct privileged rollouts, and the teacher's distribution on them.
@@ -196,22 +218,31 @@ class DistillationBatch:
     Attributes:
         student: contexts WITHOUT ground truth, with the kept completions.
         privileged: contexts WITH ground truth, with the same completions.
+        counts: how many times each was kept; equal rollouts are read once.
         topk_ids: per sequence, the teacher's k most likely tokens at each completion position, ``[length, k]`` int32.
         topk_logits: per sequence, their logits, ``[length, k]`` float32, on the same positions.
     """
 
     student: Sequences
     privileged: Sequences
+    counts: list[int]
     topk_ids: list[Tensor] = field(default_factory=list)
     topk_logits: list[Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.student.completion_ids)
 
+    def select(self, part: slice) -> DistillationBatch:
+        """Return a share of the rollouts."""
+        student, privileged = (
+            Sequences(s.prompt_ids[part], s.completion_ids[part]) for s in (self.student, self.privileged)
+        )
+        return DistillationBatch(student, privileged, self.counts[part], self.topk_ids[part], self.topk_logits[part])
+
     @property
     def num_tokens(self) -> int:
-        """Number of distilled completion tokens on this rank."""
-        return self.student.num_completion_tokens
+        """Number of distilled completion tokens on this rank, those of equal rollouts counted each time."""
+        return sum(n * len(c) for n, c in zip(self.counts, self.student.completion_ids, strict=True))
 
 
 @dataclass
@@ -224,6 +255,8 @@ class Experience:
         greedy: one greedy completion a prompt, ``num_generations`` = 1 (validation only).
         is_cliff: ``[B]`` bool, True where every rollout of the prompt failed.
         distillation: what is distilled in this step, or None.
+        finish_distillation: sets ``distillation`` once the privileged answers are graded; the module calls it when it
+            has put the rollouts through the policy. None where no rank distils.
         privileged_texts: for the sample log: prompt position -> (completion, outcome) of its privileged rollouts.
         statistics: every station's measurements of this step.
         metrics: name -> value of the finished step, over all ranks: what is logged.
@@ -234,6 +267,7 @@ class Experience:
     greedy: Rollouts | None = None
     is_cliff: Tensor | None = None
     distillation: DistillationBatch | None = None
+    finish_distillation: Callable[[], None] | None = None
     privileged_texts: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
     statistics: Statistics = field(default_factory=Statistics)
     metrics: dict[str, float] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,16 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from hdpo.batching import Layout, TokenBatch
 from hdpo.distributed import all_max, all_sum, merged_means, no_gradient_sync, shard_policy, world_size
 from hdpo.experience import DistillationBatch, Experience, Sequences
 from hdpo.functional import (
     clipped_policy_loss,
-    group_advantages,
     k3_kl,
-    loss_denominator,
+    sampler_correction,
     token_weights,
     topk_forward_kl_from_logps,
     topk_jsd_from_logps,
@@ -28,7 +30,8 @@ from hdpo.functional import (
 )
 from hdpo.functional.logprobs import SelectedLogProbs
 from hdpo.metrics import GreedyAccuracy, PassAtK
-from hdpo.policy import Policy, PolicyConfig, TokenBatch, load_tokenizer, micro_batches
+from hdpo.policy import Policy, PolicyConfig, load_tokenizer
+from hdpo.policy_batch import PolicyBatch, Selection
 from hdpo.teacher import FrozenTeacher, TeacherKind, make_teacher
 
 if TYPE_CHECKING:
@@ -54,13 +57,6 @@ class LinearWarmup(torch.optim.lr_scheduler.LinearLR):
         super().__init__(optimizer, start_factor=factor, end_factor=1.0, total_iters=max(1, num_warmup_steps))
 
 
-class _Passes(NamedTuple):
-    """The micro-batches of one step: index groups into the policy's and into the distillation's sequences."""
-
-    policy: list[list[int]]
-    distillation: list[list[int]]
-
-
 class _MicroBatch(NamedTuple):
     """One forward and backward pass: a function that returns a sum over tokens, and what the sum is multiplied by."""
 
@@ -68,16 +64,9 @@ class _MicroBatch(NamedTuple):
     scale: float
 
 
-class _PolicyBatch(NamedTuple):
-    """The rollouts that carry a gradient, ragged, and what the loss needs of each.
-
-    ``denominator`` is the number of tokens (or sequences) of ALL rollouts that count, with or without a gradient.
-    """
-
-    sequences: Sequences
-    advantages: Tensor
-    sampler_logps: list[Tensor]
-    denominator: float
+def _share(num: int, part: int, num_parts: int) -> slice:
+    """The ``part``-th of ``num_parts`` nearly equal shares of ``num`` items."""
+    return slice(num * part // num_parts, num * (part + 1) // num_parts)
 
 
 class HDPOModule(LightningModule):
@@ -106,6 +95,12 @@ class HDPOModule(LightningModule):
         kl_coef: weight of the k3 estimate of KL(policy || initial policy); the paper uses 0.
         mask_truncated: leave completions that hit the token limit out of the policy loss and its denominator.
         count_zero_variance: whether tokens of groups without variance count in the denominator (paper: yes).
+        sampler_correction: ``truncated`` multiplies each token's loss by min(policy / sampler, threshold), for an
+            engine whose probabilities differ from the policy's; ``none`` is the paper.
+        sampler_correction_threshold: bound on that ratio.
+        num_epochs: passes over one batch of rollouts, each with updates of its own; the paper makes one.
+        num_minibatches: updates of one pass, each on as many prompts; the paper makes one. Whatever the number of
+            updates, one batch is one step: of the trainer, the learning rate's schedule and the teacher.
         max_grad_norm: gradients are clipped to this norm; null for no clipping.
         micro_batch_tokens: tokens (padding included) of one forward and backward pass on one rank.
         pass_k: the k of pass@k in validation.
@@ -134,6 +129,10 @@ class HDPOModule(LightningModule):
         kl_coef: float = 0.0,
         mask_truncated: bool = False,
         count_zero_variance: bool = True,
+        sampler_correction: Literal["none", "truncated"] = "none",
+        sampler_correction_threshold: float = 2.0,
+        num_epochs: int = 1,
+        num_minibatches: int = 1,
         max_grad_norm: float | None = 1.0,
         micro_batch_tokens: int = 16384,
         pass_k: Sequence[int] = (1, 4, 8),
@@ -150,19 +149,31 @@ class HDPOModule(LightningModule):
         ):
             if value < 0:
                 raise ValueError(f"model.{key} must not be negative, got {value}")
-        if micro_batch_tokens < 1:
-            raise ValueError(f"model.micro_batch_tokens must be at least 1, got {micro_batch_tokens}")
+        for key, number in (
+            ("micro_batch_tokens", micro_batch_tokens),
+            ("num_epochs", num_epochs),
+            ("num_minibatches", num_minibatches),
+        ):
+            if number < 1:
+                raise ValueError(f"model.{key} must be at least 1, got {number}")
+        if sampler_correction_threshold <= 0:
+            raise ValueError(f"model.sampler_correction_threshold must be positive, got {sampler_correction_threshold}")
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ValueError(f"model.max_grad_norm must be positive, or null for no clipping, got {max_grad_norm}")
         self.policy_config = policy
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
         self.distillation_weight = distillation_weight
         self.divergence, self.jsd_tail = divergence, jsd_tail
-        self.advantage_scale = advantage_scale
         self.clip_eps_low, self.clip_eps_high = clip_eps_low, clip_eps_high
         self.aggregation = aggregation
         self.kl_coef = kl_coef
-        self.mask_truncated, self.count_zero_variance = mask_truncated, count_zero_variance
+        #: Which rollouts are put through the policy.
+        self.policy_batch = Selection(
+            advantage_scale, aggregation, mask_truncated, count_zero_variance, needs_all=kl_coef > 0
+        )
+        self.sampler_correction = sampler_correction
+        self.sampler_correction_threshold = sampler_correction_threshold
+        self.num_epochs, self.num_minibatches = num_epochs, num_minibatches
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens
         self.temperature = temperature
@@ -260,123 +271,135 @@ class HDPOModule(LightningModule):
     # ------------------------------------------------------------------ the step
 
     def training_step(self, batch: Experience, batch_idx: int) -> None:
-        """Do one optimizer step on a completed experience (Algorithm 1, lines 4-5 and 15-17)."""
+        """Do the update on a completed experience (Algorithm 1, lines 4-5 and 15-17)."""
         started = time.perf_counter()
-        optimizer = cast(torch.optim.Optimizer, self.optimizers())
-        optimizer.zero_grad()
-        policy_batch = self.policy_batch(batch)
-        distillation = batch.distillation if self.distillation_weight > 0 else None
-        num_tokens = distillation.num_tokens if distillation is not None else 0
-        denominators = all_sum([policy_batch.denominator, num_tokens], self.device)
-        passes = self._plan(policy_batch, distillation)
-        losses = self._losses(batch, policy_batch, distillation, passes, denominators)
-        for i, item in enumerate(losses):
-            loss = item.total() * item.scale
-            # DDP and FSDP2 average gradients over ranks; the denominators are global already.
-            is_last = i == len(losses) - 1
-            with nullcontext() if is_last else no_gradient_sync(self.trainer.strategy, self.student):
-                self.manual_backward(loss * world_size())
-        stats = batch.statistics
-        stats.add("optim/grad_norm", self._clip())
-        stats.add("optim/lr", optimizer.param_groups[0]["lr"])
-        optimizer.step()
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        num_updates = self.num_epochs * self.num_minibatches
+        parts = [
+            self.policy_batch(batch, _share(len(batch), part, self.num_minibatches))
+            for part in range(self.num_minibatches)
+        ]
+        if num_updates > 1:
+            for items in parts:
+                items.old_logps = self._old_logps(items)
+        for update in range(num_updates):
+            optimizer.zero_grad()
+            part = update % self.num_minibatches
+            self._accumulate(batch, parts[part], part)
+            batch.statistics.add("optim/grad_norm", self._clip())
+            if update + 1 == num_updates:
+                optimizer.step()  # the trainer counts it
+            else:
+                self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
+        batch.statistics.add("optim/lr", optimizer.param_groups[0]["lr"])
         cast(Any, self.lr_schedulers()).step()
         self.teacher.update(self.student)
-        stats.add("time/update", time.perf_counter() - started)
+        batch.statistics.add("time/update", time.perf_counter() - started)
         self._log_step(batch)
 
     def on_train_batch_end(self, outputs: Any, batch: Experience, batch_idx: int) -> None:
         """Free the gradients, after the callbacks have seen them: the next rollouts need their memory."""
         cast(torch.optim.Optimizer, self.optimizers()).zero_grad()
 
-    def policy_batch(self, batch: Experience) -> _PolicyBatch:
-        """Select the rollouts that carry a gradient, and count the tokens that the mean is over.
-
-        A rollout whose advantage is exactly 0 adds exactly nothing to the gradient of the clipped surrogate, so it is
-        not put through the policy at all; it still counts in the denominator. This is decided here and nowhere else.
-        """
-        rollouts = batch.rollouts
-        assert rollouts is not None, "RolloutGeneration completes the experience first"
-        advantages = group_advantages(rollouts.rewards, scale=self.advantage_scale)
-        lengths = rollouts.completion_mask.sum(-1)
-        counted = torch.ones_like(rollouts.truncated)
-        if self.mask_truncated:
-            counted &= ~rollouts.truncated
-        if not self.count_zero_variance:
-            counted &= (rollouts.rewards != rollouts.rewards[:, :1]).any(-1, keepdim=True)
-        # A KL penalty has a gradient everywhere; without one only non-zero advantages do.
-        needed = counted if self.kl_coef > 0 else counted & (advantages != 0)
-        rows, columns = needed.nonzero(as_tuple=True)
-        masks = rollouts.completion_mask[rows, columns]
-        ids = [x[m].tolist() for x, m in zip(rollouts.completion_ids[rows, columns], masks, strict=True)]
-        sequences = Sequences([batch.prompts.prompt_ids[i] for i in rows.tolist()], ids)
-        return _PolicyBatch(
-            sequences,
-            advantages[rows, columns],
-            [x[m] for x, m in zip(rollouts.sampler_logps[rows, columns], masks, strict=True)],
-            float(loss_denominator(lengths[counted], self.aggregation)),
+    def _old_logps(self, items: PolicyBatch) -> list[Tensor]:
+        """Log-probabilities under the weights before the first of several updates."""
+        packing = self.student.pack(items.sequences, self.micro_batch_tokens)
+        num_passes = int(all_max([len(packing.groups)], self.device)[0])
+        return self.student.completion_logps(
+            items.sequences,
+            token_budget=self.micro_batch_tokens,
+            temperature=self.temperature,
+            num_passes=num_passes,
         )
 
-    def _plan(self, policy_batch: _PolicyBatch, distillation: DistillationBatch | None) -> _Passes:
-        policy = micro_batches(policy_batch.sequences.lengths(), self.micro_batch_tokens)
-        if distillation is None or len(distillation) == 0:
-            return _Passes(policy, [])
-        return _Passes(policy, micro_batches(distillation.student.lengths(), self.micro_batch_tokens))
+    def _accumulate(self, batch: Experience, items: PolicyBatch, part: int) -> None:
+        """Add up the gradients of one update: policy loss first, while privileged answers may still be graded."""
+        expected = batch.finish_distillation is not None or batch.distillation is not None
+        losses = self._policy_losses(batch, items)
+        self._backward(losses, more=expected)
+        if batch.finish_distillation is not None:
+            started = time.perf_counter()
+            batch.finish_distillation()
+            batch.finish_distillation = None
+            batch.statistics.add("time/update", started - time.perf_counter(), 0.0)  # measured as stations of their own
+        distilled = self._distillation_losses(batch, part)
+        if not distilled and (not losses or (expected and world_size() > 1)):
+            # Parameters without any gradient would be left out of momentum and weight decay; and where a loss was
+            # expected, the gradients of several ranks are not averaged yet.
+            distilled = [_MicroBatch(self._empty_loss, 1.0)]
+        self._backward(distilled, more=False)
 
-    def _losses(
-        self,
-        batch: Experience,
-        policy_batch: _PolicyBatch,
-        distillation: DistillationBatch | None,
-        passes: _Passes,
-        denominators: list[float],
-    ) -> list[_MicroBatch]:
-        """The micro-batches of the combined loss, not computed yet: equally many of each kind on all ranks.
+    def _backward(self, losses: list[_MicroBatch], *, more: bool) -> None:
+        """Backward passes; gradients are averaged over ranks in the last one, unless there are ``more`` to come."""
+        for i, item in enumerate(losses):
+            loss = item.total() * item.scale
+            sync = not more and i == len(losses) - 1
+            with nullcontext() if sync else no_gradient_sync(self.trainer.strategy, self.student):
+                # DDP and FSDP2 average gradients over ranks; the denominators are global already.
+                self.manual_backward(loss * world_size())
+
+    def _policy_losses(self, batch: Experience, items: PolicyBatch) -> list[_MicroBatch]:
+        """The micro-batches of the policy loss, not computed yet: equally many on all ranks.
 
         A forward pass of a sharded policy, teacher or reference is a collective; a rank that has less to do makes up
         for it with empty losses.
         """
-        num_policy, num_distillation = (
-            int(number) for number in all_max([len(passes.policy), len(passes.distillation)], self.device)
-        )
-        empty = _MicroBatch(self._empty_loss, 1.0)
-        policy_tokens, distilled_tokens = (max(d, 1.0) for d in denominators)
-        losses = [
-            _MicroBatch(partial(self._policy_loss, batch, policy_batch, group), 1.0 / policy_tokens)
-            for group in passes.policy
-        ]
-        losses += [_MicroBatch(self._empty_policy_loss, 1.0)] * (num_policy - len(losses))
+        packing = self.student.pack(items.sequences, self.micro_batch_tokens)
+        (denominator,) = all_sum([items.denominator], self.device)
+        (num_passes,) = all_max([len(packing.groups)], self.device)
         # Every rank adds its own counts: the merged statistic is then (global sum) / (global count).
-        batch.statistics.add("loss/policy", 0.0, policy_batch.denominator)
-        if distillation is not None:
-            weight = self.distillation_weight / distilled_tokens
-            losses += [
-                _MicroBatch(partial(self._distillation_loss, batch, distillation, group), weight)
-                for group in passes.distillation
-            ]
-            losses += [empty] * (num_distillation - len(passes.distillation))
-            batch.statistics.add("loss/distillation", 0.0, distillation.num_tokens)
-        return losses or [empty]
+        batch.statistics.add("loss/policy", 0.0, items.denominator)
+        losses = [
+            _MicroBatch(partial(self._policy_loss, batch, items, group, packing.layout), 1.0 / max(denominator, 1.0))
+            for group in packing.groups
+        ]
+        return losses + [_MicroBatch(self._empty_policy_loss, 1.0)] * (int(num_passes) - len(losses))
 
-    def _policy_loss(self, batch: Experience, items: _PolicyBatch, group: list[int]) -> Tensor:
+    def _distillation_losses(self, batch: Experience, part: int) -> list[_MicroBatch]:
+        """The same for the distillation loss; None on this rank means none on any."""
+        items = batch.distillation
+        if items is None or self.distillation_weight == 0:
+            return []
+        if self.num_minibatches > 1:
+            items = items.select(_share(len(items), part, self.num_minibatches))
+        packing = self.student.pack(items.student, self.micro_batch_tokens)
+        (denominator,) = all_sum([items.num_tokens], self.device)
+        (num_passes,) = all_max([len(packing.groups)], self.device)
+        batch.statistics.add("loss/distillation", 0.0, items.num_tokens)
+        weight = self.distillation_weight / max(denominator, 1.0)
+        losses = [
+            _MicroBatch(partial(self._distillation_loss, batch, items, group, packing.layout), weight)
+            for group in packing.groups
+        ]
+        return losses + [_MicroBatch(self._empty_loss, 1.0)] * (int(num_passes) - len(losses))
+
+    def _policy_loss(self, batch: Experience, items: PolicyBatch, group: list[int], layout: Layout) -> Tensor:
         """Sum (not mean) of the clipped surrogate over one micro-batch."""
-        tokens = TokenBatch.from_sequences(items.sequences.select(group), self.device)
+        tokens = TokenBatch.from_sequences(items.sequences.select(group), self.device, layout)
         logps = cast(SelectedLogProbs, self.student(tokens, temperature=self.temperature)).logps[:, 0]
         lengths = torch.tensor(tokens.lengths, device=self.device)
-        weights = token_weights(lengths, self.aggregation)
-        # One update a batch: the policy that sampled is the policy that is updated, so the ratio is exp(0) = 1 and its
-        # gradient is that of log pi. No second forward pass is needed for the old log-probabilities.
+        counts = items.counts[group].repeat_interleave(lengths)
+        weights = token_weights(lengths, self.aggregation) * counts
+        # With one update a batch the policy that sampled is the policy that is updated: the ratio is exp(0) = 1, its
+        # gradient is that of log pi, and no second forward pass is needed for the old log-probabilities.
+        old_logps = torch.cat([items.old_logps[i] for i in group]) if items.old_logps else logps.detach()
+        corrected = weights
+        if self.sampler_correction == "truncated":
+            corrected = weights * self._sampler_correction(batch, items, group, old_logps)
         result = clipped_policy_loss(
             logps,
-            logps.detach(),
+            old_logps,
             items.advantages[group].repeat_interleave(lengths),
-            weights=weights,
+            weights=corrected,
             clip_eps_low=self.clip_eps_low,
             clip_eps_high=self.clip_eps_high,
         )
         loss = result.loss_sum
         stats = batch.statistics
         stats.add("loss/policy", loss.detach(), 0.0)
+        if items.old_logps:
+            stats.add("loss/clip_fraction", result.num_clipped, float(result.num_tokens))
+            stats.add("loss/ratio", result.ratio_sum, float(result.num_tokens))
         if self.kl_coef > 0:
             with torch.no_grad():
                 reference = self.reference.policy(self.student)
@@ -386,9 +409,27 @@ class HDPOModule(LightningModule):
             loss = loss + self.kl_coef * kl
         return loss
 
-    def _distillation_loss(self, batch: Experience, items: DistillationBatch, group: list[int]) -> Tensor:
+    def _sampler_correction(self, batch: Experience, items: PolicyBatch, group: list[int], old_logps: Tensor) -> Tensor:
+        """Truncated ratios policy / sampler of a micro-batch's tokens; measures them before they are truncated."""
+        lengths = [len(items.sampler_logps[i]) for i in group]
+        sampler = torch.cat([items.sampler_logps[i] for i in group]).to(old_logps)
+        threshold, counts = self.sampler_correction_threshold, items.counts[group]
+        differences = old_logps - sampler
+        by_sequence = torch.stack([part.sum() for part in differences.split(lengths)])
+        by_token = counts.repeat_interleave(torch.tensor(lengths, device=self.device))
+        for name, values, weights in (("token", differences, by_token), ("sequence", by_sequence, counts)):
+            ratios = sampler_correction(values, torch.zeros_like(values), math.inf)
+            num = float(weights.sum())
+            batch.statistics.add(f"sampler/{name}_ratio_mean", (ratios * weights).sum(), num)
+            batch.statistics.add(f"sampler/{name}_ratio_above", ((ratios > threshold) * weights).sum(), num)
+            batch.statistics.add(f"sampler/{name}_ratio_max", ratios.max())
+        return sampler_correction(old_logps, sampler, threshold)
+
+    def _distillation_loss(
+        self, batch: Experience, items: DistillationBatch, group: list[int], layout: Layout
+    ) -> Tensor:
         """Sum (not mean) of the divergence over the completion tokens of one micro-batch (Algorithm 1, line 16)."""
-        tokens = TokenBatch.from_sequences(items.student.select(group), self.device)
+        tokens = TokenBatch.from_sequences(items.student.select(group), self.device, layout)
         ids = torch.cat([items.topk_ids[i] for i in group]).to(self.device)
         teacher = torch.cat([items.topk_logits[i] for i in group]).to(self.device).log_softmax(-1)
         logps = cast(SelectedLogProbs, self.student(tokens, ids)).logps
@@ -399,10 +440,14 @@ class HDPOModule(LightningModule):
                 values = topk_forward_kl_from_logps(logps, teacher)
             case _:
                 values = topk_reverse_kl_from_logps(logps, teacher)
+        counts = torch.tensor([items.counts[i] for i in group], device=self.device)
+        counts = counts.repeat_interleave(torch.tensor(tokens.lengths, device=self.device))
+        total = (values * counts).sum()
         stats = batch.statistics
-        stats.add("loss/distillation", values.detach().sum(), 0.0)
-        stats.add("privileged/student_mass", logps.detach().exp().sum(), float(len(logps)))
-        return values.sum()
+        stats.add("loss/distillation", total.detach(), 0.0)
+        mass = logps.detach().exp().sum(-1)
+        stats.add("privileged/student_mass", (mass * counts).sum(), float(counts.sum()))
+        return total
 
     def _empty_loss(self) -> Tensor:
         """A zero that is connected to every parameter, so that no rank waits for a gradient that never comes."""

@@ -6,14 +6,16 @@ sequences into per-token numbers: log-probabilities of what was sampled, or of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from hdpo.attention import PrefixCache, attention_kinds, attention_masks, grouped_attention
+from hdpo.batching import Packing, TokenBatch, pack
 from hdpo.experience import Sequences
 from hdpo.functional.logprobs import CHUNK_ELEMENTS, SelectedLogProbs, selected_logps, topk_logits
 from hdpo.paths import resolve_path
@@ -21,7 +23,7 @@ from hdpo.paths import resolve_path
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Policy", "PolicyConfig", "TokenBatch", "load_tokenizer", "micro_batches"]
+__all__ = ["Policy", "PolicyConfig", "load_tokenizer"]
 
 
 @dataclass
@@ -44,72 +46,6 @@ class PolicyConfig:
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
-
-
-@dataclass
-class TokenBatch:
-    """One padded micro-batch, ready for the model.
-
-    Attributes:
-        input_ids: ``[n, L]``, padded on the right. Under causal attention padding on the right is never attended to,
-            so no attention mask is needed and the result does not depend on how much padding there is.
-        positions: ``[M]`` flat indices into ``n * L``: where the hidden state that predicts a completion token stands.
-        targets: ``[M]`` the completion tokens, sequence after sequence.
-        lengths: number of completion tokens of each of the n sequences (they sum to M).
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    targets: Tensor
-    lengths: list[int]
-
-    @classmethod
-    def from_sequences(cls, sequences: Sequences, device: torch.device) -> TokenBatch:
-        """Pad ragged sequences; every context must hold at least one token."""
-        width = max(sequences.lengths())
-        rows: list[list[int]] = []
-        positions: list[int] = []
-        targets: list[int] = []
-        lengths: list[int] = []
-        for i, (prompt, completion) in enumerate(zip(sequences.prompt_ids, sequences.completion_ids, strict=True)):
-            rows.append(prompt + completion + [0] * (width - len(prompt) - len(completion)))
-            first = i * width + len(prompt) - 1
-            positions.extend(range(first, first + len(completion)))
-            targets.extend(completion)
-            lengths.append(len(completion))
-        return cls(
-            torch.tensor(rows, device=device),
-            torch.tensor(positions, dtype=torch.int64, device=device),
-            torch.tensor(targets, dtype=torch.int64, device=device),
-            lengths,
-        )
-
-
-def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group sequences into micro-batches of at most ``token_budget`` tokens, padding included.
-
-    Sequences are taken from the longest to the shortest, so that neighbours are of similar length. One that alone
-    exceeds the budget gets a micro-batch of its own.
-
-    Args:
-        lengths: number of tokens of each sequence.
-        token_budget: bound on (sequences x longest) of a micro-batch.
-
-    Returns:
-        Indices into ``lengths``; each occurs exactly once.
-
-    Example:
-        >>> micro_batches([3, 9, 4, 2], token_budget=10)
-        [[1], [2, 0], [3]]
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= token_budget:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
 
 
 def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
@@ -218,10 +154,9 @@ class Policy(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of products: autocast's if it is active, else that of the weights."""
-        device = self.device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return cast(torch.dtype, self.model.get_output_embeddings().weight.dtype)
+        weight = cast(Tensor, self.model.get_output_embeddings().weight)
+        device = weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
     def output_layer(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return hidden states, output weight and bias in the dtype of the computation (autocast's, if active)."""
@@ -230,10 +165,48 @@ class Policy(nn.Module):
         bias = getattr(head, "bias", None)
         return hidden.to(dtype), head.weight.to(dtype), None if bias is None else bias.to(dtype)
 
+    def pack(self, sequences: Sequences, token_budget: int) -> Packing:
+        """Group sequences into micro-batches in the layout that costs this policy the fewest tokens."""
+        if self.model.config.get_text_config()._attn_implementation.startswith("flash"):
+            return pack(sequences, token_budget, ("packed",))
+        return pack(sequences, token_budget, ("padded", "shared") if self._shares_prefixes() else ("padded",))
+
+    def _shares_prefixes(self) -> bool:
+        # Recomputed layers take no cache. A sharded policy would gather its weights for the prompts once more, and all
+        # ranks would have to agree on the layout.
+        if self.model.is_gradient_checkpointing or any(hasattr(p, "device_mesh") for p in self.parameters()):
+            return False
+        return set(attention_kinds(self.model)) <= {"full_attention", "sliding_attention"}
+
     def _hidden(self, batch: TokenBatch) -> Tensor:
         """Hidden states ``[M, H]`` that predict the completion tokens; all others never meet the output layer."""
-        hidden = self.backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, batch.positions)
+        if batch.prefixes is not None:
+            return self._hidden_after_prefixes(batch)
+        positions = batch.position_ids
+        hidden = self.backbone(input_ids=batch.input_ids, position_ids=positions, use_cache=False).last_hidden_state
+        return cast(Tensor, hidden).flatten(0, 1).index_select(0, batch.positions)
+
+    def _hidden_after_prefixes(self, batch: TokenBatch) -> Tensor:
+        """Read each prompt once, then all completions behind the keys and values of theirs."""
+        prefixes = batch.prefixes
+        assert prefixes is not None
+        cache = PrefixCache(len(attention_kinds(self.model)), prefixes.rows)
+        width = prefixes.ids.shape[1]
+        columns = torch.arange(width, device=self.device)
+        read = partial(self.backbone, past_key_values=cache, use_cache=True)
+        # Padding on the right: causal attention never looks at it, the completions' mask leaves it out.
+        hidden = read(input_ids=prefixes.ids, position_ids=columns.expand_as(prefixes.ids)).last_hidden_state
+        parts = [hidden.flatten(0, 1)]
+        if batch.input_ids.shape[1]:
+            lengths = prefixes.lengths[prefixes.rows][:, None]
+            positions = lengths + torch.arange(batch.input_ids.shape[1], device=self.device)
+            beyond = int(positions.max()) + 1
+            keys = torch.cat([torch.where(columns < lengths, columns, beyond), positions], -1)
+            mask = attention_masks(self.model, positions, keys, self.compute_dtype)
+            with grouped_attention(self.model):
+                hidden = read(input_ids=batch.input_ids, position_ids=positions, attention_mask=mask).last_hidden_state
+            parts.append(hidden.flatten(0, 1))
+        return torch.cat(parts).index_select(0, batch.positions)
 
     def forward(
         self,
@@ -271,18 +244,30 @@ class Policy(nn.Module):
         )
 
     @torch.no_grad()
-    def completion_logps(self, sequences: Sequences, *, token_budget: int, temperature: float = 1.0) -> list[Tensor]:
+    def completion_logps(
+        self, sequences: Sequences, *, token_budget: int, temperature: float = 1.0, num_passes: int | None = None
+    ) -> list[Tensor]:
         """Log-probability of each completion token, per sequence, without gradient.
+
+        Args:
+            sequences: N contexts and completions.
+            token_budget: tokens of one forward pass.
+            temperature: softmax temperature.
+            num_passes: forward passes that all ranks make (a sharded policy is a collective); the missing ones are
+                made on a dummy token.
 
         Returns:
             One ``[length]`` float32 tensor a sequence, in nats.
         """
         results: list[Any] = [None] * len(sequences.prompt_ids)
-        for group in micro_batches(sequences.lengths(), token_budget):
-            batch = TokenBatch.from_sequences(sequences.select(group), self.device)
+        packing = self.pack(sequences, token_budget)
+        for group in packing.groups:
+            batch = TokenBatch.from_sequences(sequences.select(group), self.device, packing.layout)
             logps = cast(SelectedLogProbs, self(batch, temperature=temperature)).logps[:, 0]
             for i, part in zip(group, logps.split(batch.lengths), strict=True):
                 results[i] = part
+        for _ in range((num_passes or 0) - len(packing.groups)):
+            self(TokenBatch.from_sequences(Sequences([[0]], [[0]]), self.device))
         return results
 
     def save(

@@ -17,9 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hdpo.batching import TokenBatch
 from hdpo.distributed import reshard
 from hdpo.experience import Sequences
-from hdpo.policy import Policy, TokenBatch, micro_batches
+from hdpo.policy import Policy
 
 __all__ = ["DriftingTeacher", "EMATeacher", "FrozenTeacher", "Teacher", "TeacherKind", "make_teacher", "teacher_topk"]
 
@@ -143,9 +144,9 @@ def teacher_topk(
     num = len(privileged.completion_ids)
     empty = torch.empty(0, k, device=teacher.device)
     ids, logits = [empty.int()] * num, [empty] * num
-    groups = micro_batches(privileged.lengths(), token_budget)
+    groups, layout, _ = teacher.pack(privileged, token_budget)
     for group in groups:
-        batch = TokenBatch.from_sequences(privileged.select(group), teacher.device)
+        batch = TokenBatch.from_sequences(privileged.select(group), teacher.device, layout)
         top_ids, top_logits = teacher(batch, topk=k)
         for i, part_ids, part in zip(group, top_ids.split(batch.lengths), top_logits.split(batch.lengths), strict=True):
             ids[i], logits[i] = part_ids, part

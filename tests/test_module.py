@@ -2,12 +2,14 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 from hdpo.experience import Experience
+from hdpo.functional import group_advantages
 from hdpo.policy import Policy, PolicyConfig
 from tests import toy
 
@@ -71,13 +73,16 @@ def dense_gradient(experience, weight, *, scale_by_std=True):
     loss = total / tokens
     if weight and experience.distillation is not None:
         items, total = experience.distillation, torch.zeros((), dtype=torch.float64)
-        for context, privileged, ids in zip(items.student.prompt_ids, *items.privileged, strict=True):
+        for context, privileged, ids, count in zip(
+            items.student.prompt_ids, *items.privileged, items.counts, strict=True
+        ):
             with torch.no_grad():
                 top = logps(privileged, ids).topk(16, dim=-1)
             log_q = logps(context, ids)
             log_p = torch.full_like(log_q, -1e4).scatter(-1, top.indices, top.values.log_softmax(-1))
             log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-            total = total + 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum()
+            jsd = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m))
+            total = total + count * jsd.sum()
         loss = loss + weight * total / items.num_tokens
     loss.backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
@@ -164,10 +169,10 @@ def test_cliff_prompts_carry_no_policy_gradient_and_are_skipped(tmp_path):
     batch = module.policy_batch(tape.experiences[0])
     rewards = tape.experiences[0].rollouts.rewards
     mixed = int((rewards != rewards[:, :1]).any(-1).sum()) * rewards.shape[1]
-    assert len(batch.sequences.prompt_ids) == mixed < rewards.numel()
+    assert batch.counts.sum() == mixed < rewards.numel()
     assert batch.denominator == tape.experiences[0].rollouts.completion_mask.sum()
-    module.kl_coef = 0.1
-    assert len(module.policy_batch(tape.experiences[0]).sequences.prompt_ids) == rewards.numel()
+    everything = replace(module.policy_batch, needs_all=True)(tape.experiences[0])
+    assert everything.counts.sum() == rewards.numel()
 
 
 def test_options_of_the_denominator(tmp_path):
@@ -176,13 +181,14 @@ def test_options_of_the_denominator(tmp_path):
     rollouts = experience.rollouts
     lengths = rollouts.completion_mask.sum(-1)
     mixed = (rollouts.rewards != rollouts.rewards[:, :1]).any(-1, keepdim=True)
-    module.count_zero_variance = False
-    assert module.policy_batch(experience).denominator == (lengths * mixed).sum()
-    module.count_zero_variance, module.mask_truncated = True, True
+
+    def denominator(**options):
+        return replace(module.policy_batch, **options)(experience).denominator
+
+    assert denominator(count_zero_variance=False) == (lengths * mixed).sum()
     rollouts.truncated[0, 0] = True
-    assert module.policy_batch(experience).denominator == (lengths * ~rollouts.truncated).sum()
-    module.mask_truncated, module.aggregation = False, "sequence"
-    assert module.policy_batch(experience).denominator == rollouts.rewards.numel()
+    assert denominator(mask_truncated=True) == (lengths * ~rollouts.truncated).sum()
+    assert denominator(aggregation="sequence") == rollouts.rewards.numel()
 
 
 @pytest.mark.parametrize("options", [
@@ -271,3 +277,145 @@ def test_rollouts_do_not_share_memory_with_the_last_steps_gradients(tmp_path):
     fitter = toy.trainer(tmp_path, held, max_steps=3, limit_val_batches=0)
     fitter.fit(toy.module(), datamodule=toy.datamodule(tmp_path))
     assert held.bytes == [0, 0, 0]
+
+
+def test_equal_rollouts_are_put_through_once_and_count_each_time(tmp_path):
+    _, tape = run(tmp_path, policy=PolicyConfig(path="pkg://hdpo.lab/policy", dtype="float64"), max_grad_norm=None)
+    (experience,) = tape.experiences
+    module = toy.module()
+    rollouts, rewards = experience.rollouts, experience.rollouts.rewards
+    group = int((rewards != rewards[:, :1]).any(-1).nonzero()[0])
+    # Make two successes, or two failures, of one mixed group equal.
+    i, j = next((i, j) for i in range(8) for j in range(i) if rewards[group, i] == rewards[group, j])
+    for field in (rollouts.completion_ids, rollouts.completion_mask, rollouts.sampler_logps):
+        field[group, i] = field[group, j]
+    batch = module.policy_batch(experience)
+    assert int(batch.counts.max()) >= 2
+    assert len(batch.sequences.prompt_ids) < batch.counts.sum()
+    assert batch.denominator == rollouts.completion_mask.sum()
+    expanded = [s for s, n in zip(batch.sequences.completion_ids, batch.counts.tolist(), strict=True) for _ in range(n)]
+    mixed = (rewards != rewards[:, :1]).any(-1)
+    every = [
+        rollouts.completion_ids[b, k][rollouts.completion_mask[b, k]].tolist()
+        for b in mixed.nonzero()[:, 0].tolist()
+        for k in range(rewards.shape[1])
+    ]
+    assert sorted(expanded) == sorted(every)
+
+
+def test_several_updates_a_batch_equal_ppo_written_out(tmp_path):
+    """Two epochs of two minibatches: old log-probabilities are those of the weights before the first update."""
+    lr = 0.3
+    module, tape = run(
+        tmp_path,
+        policy=PolicyConfig(path="pkg://hdpo.lab/policy", dtype="float64"),
+        optimizer=lambda p: torch.optim.SGD(p, lr=lr),
+        distillation_weight=0.0,
+        num_epochs=2,
+        num_minibatches=2,
+        max_grad_norm=None,
+        clip_eps_low=0.05,
+        clip_eps_high=0.1,
+    )
+    (experience,) = tape.experiences
+    rollouts, prompts = experience.rollouts, experience.prompts
+    policy = Policy.load(PolicyConfig(path="pkg://hdpo.lab/policy", dtype="float64"))
+
+    def logps(b, k):
+        ids = rollouts.completion_ids[b, k][rollouts.completion_mask[b, k]]
+        context = prompts.prompt_ids[b]
+        logits = policy.model(torch.cat([torch.tensor(context), ids])[None]).logits[0, len(context) - 1 : -1]
+        return (logits / toy.TEMPERATURE).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
+    num_prompts, num_rollouts = rollouts.rewards.shape
+    with torch.no_grad():
+        old = {(b, k): logps(b, k) for b in range(num_prompts) for k in range(num_rollouts)}
+    clipped = 0
+    for update in range(4):
+        half = range(num_prompts // 2) if update % 2 == 0 else range(num_prompts // 2, num_prompts)
+        total, tokens = torch.zeros((), dtype=torch.float64), 0
+        for b in half:
+            rewards = rollouts.rewards[b].double()
+            for k in range(num_rollouts):
+                others = torch.cat([rewards[:k], rewards[k + 1 :]])
+                advantage = (rewards[k] - others.mean()) / rewards.std() if rewards.std() > 0 else 0.0
+                ratio = (logps(b, k) - old[b, k]).exp()
+                clipped += int(((ratio < 0.95) | (ratio > 1.1)).sum()) if advantage else 0
+                total = total - torch.minimum(ratio * advantage, ratio.clamp(0.95, 1.1) * advantage).sum()
+                tokens += len(ratio)
+        policy.zero_grad()
+        (total / tokens).backward()
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.sub_(lr * p.grad)
+    assert clipped > 20, "the clip must matter"
+    expected = torch.cat([p.detach().flatten() for p in policy.parameters()])
+    assert (weights(module) - expected).norm() / (expected - tape.before[0]).norm() < 1e-6
+    assert tape.metrics[0]["loss/clip_fraction"] > 0
+    assert module.trainer.global_step == 1, "one batch is one step, whatever the number of updates"
+
+
+def test_several_updates_distil_too_and_resume_counts_batches(tmp_path):
+    options = {"num_epochs": 2, "num_minibatches": 2}
+    straight, tape = run(tmp_path / "a", steps=4, **options)
+    assert any(e.distillation is not None for e in tape.experiences)
+    run(tmp_path / "b", steps=2, **options)
+    resumed, _ = run(tmp_path / "b", steps=4, ckpt_path="last", **options)
+    assert torch.equal(weights(straight), weights(resumed))
+
+
+def test_the_sampler_correction_weighs_tokens_by_the_truncated_ratio(tmp_path):
+    from hdpo.generation import TransformersEngine
+
+    class Biased(TransformersEngine):
+        """Reports wrong log-probabilities, by a known amount."""
+
+        def generate(self, policy, prompts, seeds, sampling, drafts=None):
+            out = super().generate(policy, prompts, seeds, sampling, drafts)
+            return replace(out, logps=out.logps - 0.1 * (out.ids % 3 - 1) * out.mask)
+
+    def gradient(**options):
+        _, tape = run(
+            tmp_path, engine=Biased(), rollouts={"max_logprob_gap": 1.0}, distillation_weight=0.0, max_grad_norm=None,
+            policy=PolicyConfig(path="pkg://hdpo.lab/policy", dtype="float64"), **options,
+        )  # fmt: skip
+        return tape.gradients[0], tape.experiences[0]
+
+    plain, experience = gradient()
+    corrected, measured = gradient(sampler_correction="truncated", sampler_correction_threshold=1.05)
+    metrics = measured.metrics
+    # The ratio policy / sampler is exp(0.1 * (id % 3 - 1)), at most 1.05.
+    policy = Policy.load(PolicyConfig(path="pkg://hdpo.lab/policy", dtype="float64"))
+    rollouts = experience.rollouts
+    advantages = group_advantages(rollouts.rewards.double())
+    total = torch.zeros((), dtype=torch.float64)
+    shares = []
+    for b, k in (advantages != 0).nonzero().tolist():
+        ids = rollouts.completion_ids[b, k][rollouts.completion_mask[b, k]]
+        context = experience.prompts.prompt_ids[b]
+        logits = policy.model(torch.cat([torch.tensor(context), ids])[None]).logits[0, len(context) - 1 : -1]
+        logps = (logits / toy.TEMPERATURE).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        ratio = (0.1 * (ids % 3 - 1)).double().exp()
+        shares.append(ratio)
+        total = total - (advantages[b, k] * ratio.clamp(max=1.05) * logps).sum()
+    (total / rollouts.completion_mask.sum()).backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert (corrected - expected).norm() / expected.norm() < 1e-6
+    assert (plain - expected).norm() / expected.norm() > 1e-3
+    ratios = torch.cat(shares)
+    assert metrics["sampler/token_ratio_mean"] == pytest.approx(ratios.mean().item(), abs=1e-5)
+    assert metrics["sampler/token_ratio_max"] == pytest.approx(math.exp(0.1), abs=1e-5)
+    assert metrics["sampler/token_ratio_above"] == pytest.approx((ratios > 1.05).double().mean().item(), abs=1e-5)
+    whole = torch.stack([r.prod() for r in shares])
+    assert metrics["sampler/sequence_ratio_mean"] == pytest.approx(whole.mean().item(), rel=1e-4)
+    assert metrics["sampler/sequence_ratio_max"] == pytest.approx(whole.max().item(), rel=1e-4)
+    assert metrics["sampler/sequence_ratio_above"] == pytest.approx((whole > 1.05).double().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("num_epochs", 0), ("num_minibatches", 0), ("micro_batch_tokens", 0), ("sampler_correction_threshold", 0.0)],
+)
+def test_bad_options_name_their_key(option, value):
+    with pytest.raises(ValueError, match=f"model.{option}"):
+        toy.module(**{option: value})

@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+from hdpo.batching import TokenBatch
 from hdpo.experience import Sequences
-from hdpo.policy import Policy, PolicyConfig, TokenBatch, load_tokenizer, micro_batches
+from hdpo.policy import Policy, PolicyConfig, load_tokenizer
 
 SIZES = {
     "vocab_size": 61,
@@ -55,21 +64,48 @@ def test_packing_padding_and_chunks_do_not_matter(policy, sequences, budget, chu
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-12)
 
 
-def test_micro_batches_hold_each_index_once_within_the_budget():
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(1, 50, (200,), generator=generator).tolist()
-    groups = micro_batches(lengths, 128)
-    assert sorted(i for g in groups for i in g) == list(range(200))
-    assert all(len(g) * max(lengths[i] for i in g) <= 128 for g in groups)
-    assert micro_batches([500], 128) == [[0]]
-    assert micro_batches([], 128) == []
+def models():
+    kinds = ["full_attention", "sliding_attention"]
+    sliding = {"use_sliding_window": True, "sliding_window": 5}
+    yield "qwen2", lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES))
+    yield "sliding", lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **sliding, layer_types=kinds))
+    yield "eager", lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, attn_implementation="eager"))
+    yield "gpt2", lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=40))
 
 
-def test_token_batch_points_at_the_predicting_positions():
-    batch = TokenBatch.from_sequences(Sequences([[7, 8], [9]], [[1, 2], [3]]), torch.device("cpu"))
-    assert batch.input_ids.tolist() == [[7, 8, 1, 2], [9, 3, 0, 0]]
-    assert batch.positions.tolist() == [1, 2, 4]
-    assert batch.targets.tolist() == [1, 2, 3]
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize(("name", "build"), list(models()), ids=[name for name, _ in models()])
+def test_layouts_do_not_matter(name, build, layout):
+    torch.manual_seed(0)
+    policy = Policy(build().double())
+    # Groups of rollouts, a prompt that another one begins with, completions of one token.
+    a, b, c = [5, 6, 7, 8, 9, 10, 11], [12, 13], [5, 6, 7]
+    completions = [[20, 21, 22], [23], [24, 25, 26, 27, 28], [29, 30], [31], [32, 33, 34, 35], [20, 21, 22], [36]]
+    sequences = Sequences([a, a, b, b, b, c, c, a], completions)
+
+    def numbers(layout):
+        policy.zero_grad()
+        batch = TokenBatch.from_sequences(sequences, policy.device, layout)
+        logps = policy(batch).logps[:, 0]
+        (logps * torch.arange(len(logps)).sin()).sum().backward()
+        return logps.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    expected, gradient = numbers("padded")
+    mine, other = numbers(layout)
+    # Qwen2's norms, and its eager softmax, compute in float32 whatever the weights are.
+    tolerance = 1e-12 if name == "gpt2" else 2e-6
+    torch.testing.assert_close(mine, expected, rtol=0, atol=tolerance)
+    assert (other - gradient).norm() < tolerance * gradient.norm()
+
+
+def test_what_layouts_a_policy_takes(policy, monkeypatch):
+    groups = Sequences([list(range(5, 55))] * 16, [[1, 2, 3]] * 16)
+    assert policy.pack(groups, 4096).layout == "shared"
+    policy.model.gradient_checkpointing_enable()
+    assert policy.pack(groups, 4096).layout == "padded", "recomputed layers take no cache"
+    policy.model.gradient_checkpointing_disable()
+    monkeypatch.setattr(policy.model.config, "_attn_implementation_internal", "flash_attention_2")
+    assert policy.pack(groups, 4096).layout == "packed"
 
 
 def test_dropout_is_off(sequences):

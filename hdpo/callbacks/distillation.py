@@ -8,18 +8,19 @@ KL-regularised policy (Proposition 2); the teacher's top-k logits on them are wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from hdpo.callbacks.stations import Purpose, num_copies, sample_and_grade, timed
-from hdpo.distributed import all_max, gather_objects, world_size
-from hdpo.experience import DistillationBatch, Experience, Sequences
+from hdpo.callbacks.stations import GradingSamples, Purpose, num_copies, sample, timed
+from hdpo.distributed import all_max, all_sum, gather_objects, world_size
+from hdpo.experience import DistillationBatch, Experience, Sequences, merge_equal
 from hdpo.functional.random import derive_seeds
 from hdpo.generation.engine import SamplingConfig
-from hdpo.policy import micro_batches
 from hdpo.teacher import teacher_topk
 
 __all__ = ["DistillationRefresh"]
@@ -85,12 +86,33 @@ class DistillationRefresh(Callback):
         self._warned = False
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int) -> None:
-        """Add ``batch.distillation``: this step's distillation set with the teacher's top-k."""
+        """Sample privileged rollouts; ``batch.finish_distillation`` adds what of them is distilled."""
         if pl_module.distillation_weight > 0:
-            if trainer.global_step % self.refresh_every == 0:
-                self._buffer = self._refresh(trainer, pl_module, batch)
-            batch.distillation = self._with_teacher(trainer, pl_module, batch)
+            due = trainer.global_step % self.refresh_every == 0
+            chosen = self._chosen(batch) if due else []
+            num_chosen, num_kept = all_sum([len(chosen), 0 if due else len(self._buffer)], pl_module.device)
+            if num_chosen:
+                samples = self._sample(trainer, pl_module, batch, chosen)
+                # Graded beside the forward and backward passes of the policy loss, which need nothing of it.
+                batch.finish_distillation = partial(self._finish, trainer, pl_module, batch, chosen, samples)
+            elif due:
+                self._buffer = []
+                batch.statistics.add("privileged/kept", 0, None)
+            elif num_kept:
+                batch.finish_distillation = partial(self._finish, trainer, pl_module, batch)
         pl_module.engine.after_rollouts()
+
+    def _finish(
+        self,
+        trainer: Any,
+        module: Any,
+        batch: Experience,
+        chosen: Sequence[int] = (),
+        samples: GradingSamples | None = None,
+    ) -> None:
+        if samples is not None:
+            self._buffer = self._filtered(batch, chosen, samples)
+        batch.distillation = self._with_teacher(trainer, module, batch)
 
     # ------------------------------------------------------------------ privileged rollouts
 
@@ -108,13 +130,11 @@ class DistillationRefresh(Callback):
         stats.add("privileged/over_limit", len(usable) - len(chosen), None)
         return chosen
 
-    def _refresh(self, trainer: Any, module: Any, batch: Experience) -> list[_Entry]:
-        """Sample, grade and filter privileged rollouts of this step's cliffs."""
-        prompts, stats = batch.prompts, batch.statistics
-        chosen = self._chosen(batch)
-        assert batch.rollouts is not None, "RolloutGeneration completes the experience first"
+    def _sample(self, trainer: Any, module: Any, batch: Experience, chosen: Sequence[int]) -> GradingSamples:
+        """Sample privileged rollouts of this step's cliffs in one call."""
+        prompts = batch.prompts
         eos = {*module.student.eos_token_ids, module.tokenizer.eos_token_id}
-        rollouts, completions = sample_and_grade(
+        return sample(
             trainer,
             module,
             [prompts.privileged_ids[i] for i in chosen],
@@ -123,15 +143,19 @@ class DistillationRefresh(Callback):
                 self.seed,
                 int(Purpose.PRIVILEGED),
                 trainer.global_step,
-                prompts.index[chosen][:, None],
+                prompts.index[list(chosen)][:, None],
                 torch.arange(self.num_privileged),
             ),
             SamplingConfig(self.max_new_tokens, self.temperature, tuple(sorted(eos))),
-            stats,
+            batch.statistics,
             "privileged",
             drafts=[prompts.solution[i] for i in chosen],
         )
-        ids = completions.token_lists()
+
+    def _filtered(self, batch: Experience, chosen: Sequence[int], samples: GradingSamples) -> list[_Entry]:
+        """The privileged rollouts that succeeded."""
+        prompts, stats = batch.prompts, batch.statistics
+        rollouts, ids = samples.rollouts(), samples.completions.token_lists()
         entries: list[_Entry] = []
         kept_texts, kept_solutions = [], []
         for j, i in enumerate(chosen):
@@ -150,17 +174,21 @@ class DistillationRefresh(Callback):
 
     def _with_teacher(self, trainer: Any, module: Any, batch: Experience) -> DistillationBatch | None:
         """Let the teacher read the buffer; None where no rank has anything to distil."""
-        student = Sequences([e[0] for e in self._buffer], [e[2] for e in self._buffer])
-        privileged = Sequences([e[1] for e in self._buffer], [e[2] for e in self._buffer])
-        budget = module.micro_batch_tokens
-        num_passes = int(all_max([len(micro_batches(privileged.lengths(), budget))], module.device)[0])
-        batch.statistics.add("privileged/tokens", student.num_completion_tokens, None)
+        first, counts = merge_equal([(*map(tuple, entry),) for entry in self._buffer])
+        entries = [self._buffer[i] for i in first]
+        student = Sequences([e[0] for e in entries], [e[2] for e in entries])
+        privileged = Sequences([e[1] for e in entries], [e[2] for e in entries])
+        items = DistillationBatch(student, privileged, counts)
+        batch.statistics.add("privileged/tokens", items.num_tokens, None)
+        teacher, budget = module.teacher.policy(module.student), module.micro_batch_tokens
+        num_passes = int(all_max([len(teacher.pack(privileged, budget).groups)], module.device)[0])
         if num_passes == 0:
             return None
         with timed(batch.statistics, "teacher"), trainer.precision_plugin.forward_context():
-            teacher = module.teacher.policy(module.student)
-            ids, logits = teacher_topk(teacher, privileged, self.topk, token_budget=budget, num_passes=num_passes)
-        return DistillationBatch(student, privileged, ids, logits)
+            items.topk_ids, items.topk_logits = teacher_topk(
+                teacher, privileged, self.topk, token_budget=budget, num_passes=num_passes
+            )
+        return items
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Experience, batch_idx: int) -> None:
         """Warn once if the divergence starts near its maximum: then the teacher is broken, not the student."""

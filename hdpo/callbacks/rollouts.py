@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from hdpo.callbacks.stations import Purpose, StationModule, sample_and_grade
+from hdpo.callbacks.stations import Purpose, StationModule, sample
 from hdpo.experience import Completions, Experience, Rollouts, Sequences
 from hdpo.functional.random import derive_seeds
 from hdpo.generation.engine import SamplingConfig
@@ -68,7 +68,9 @@ class RolloutGeneration(Callback):
         self.num_checked_sequences = num_checked_sequences
         self.max_logprob_gap = max_logprob_gap
         self.seed = seed
+        #: Synchronisations of the engine that were checked, and that were checked in a training step, which logs them.
         self._checked_version: int | None = None
+        self._logged_version: int | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse a k that the validation samples cannot estimate."""
@@ -86,13 +88,14 @@ class RolloutGeneration(Callback):
         prompts = batch.prompts
         seeds = self._seeds(Purpose.ROLLOUT, trainer.global_step, prompts.index, self.num_generations)
         sampling = self._sampling(pl_module, self.max_new_tokens, self.temperature)
-        batch.rollouts, completions = sample_and_grade(
+        samples = sample(
             trainer, pl_module, prompts.prompt_ids, prompts.reference, seeds, sampling, batch.statistics, "rollouts"
         )
         version = pl_module.engine.sync_version()
-        if version != self._checked_version:
-            self._check_sampler(trainer, pl_module, batch, completions)
-            self._checked_version = version
+        if version != self._logged_version:
+            self._check_sampler(trainer, pl_module, batch, samples.completions, self.temperature)
+            self._logged_version = self._checked_version = version
+        batch.rollouts = samples.rollouts()
         self._measure(batch, batch.rollouts)
 
     def _seeds(self, purpose: Purpose, step: int, index: Tensor, num_samples: int) -> Tensor:
@@ -102,7 +105,9 @@ class RolloutGeneration(Callback):
         eos = {*module.student.eos_token_ids, module.tokenizer.eos_token_id}
         return SamplingConfig(max_new_tokens, temperature, tuple(sorted(eos)))
 
-    def _check_sampler(self, trainer: Any, module: StationModule, batch: Experience, completions: Completions) -> None:
+    def _check_sampler(
+        self, trainer: Any, module: StationModule, batch: Experience, completions: Completions, temperature: float
+    ) -> None:
         """Compare the engine's log-probabilities with the policy's; stale weights are silent otherwise."""
         num = min(self.num_checked_sequences, len(batch))
         if num == 0:
@@ -113,7 +118,7 @@ class RolloutGeneration(Callback):
                 Sequences(batch.prompts.prompt_ids[:num], ids),
                 # One sequence a pass: all ranks then make the same number, which a sharded policy needs.
                 token_budget=1,
-                temperature=self.temperature,
+                temperature=temperature,
             )
         gaps = torch.cat([(p.float() - completions.logps[i, 0, : len(p)]).abs() for i, p in enumerate(logps)])
         batch.statistics.add("sampler/logprob_gap_mean", gaps.sum(), len(gaps))
@@ -147,12 +152,15 @@ class RolloutGeneration(Callback):
         limit = self.val_max_new_tokens
         seeds = self._seeds(Purpose.EVALUATION, 0, prompts.row, self.num_val_samples)
         arguments = (trainer, module, prompts.prompt_ids, prompts.reference)
-        batch.rollouts, _ = sample_and_grade(
+        sampled = sample(
             *arguments, seeds, self._sampling(module, limit, self.val_temperature), batch.statistics, "rollouts"
         )
-        batch.greedy, _ = sample_and_grade(
-            *arguments, seeds[:, :1], self._sampling(module, limit, 0.0), batch.statistics, "rollouts"
-        )
+        version = module.engine.sync_version()
+        if version != self._checked_version:
+            self._check_sampler(trainer, module, batch, sampled.completions, self.val_temperature)
+            self._checked_version = version
+        greedy = sample(*arguments, seeds[:, :1], self._sampling(module, limit, 0.0), batch.statistics, "rollouts")
+        batch.rollouts, batch.greedy = sampled.rollouts(), greedy.rollouts()
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int, dataloader_idx: int = 0

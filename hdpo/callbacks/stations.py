@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from hdpo.experience import Completions, Rollouts, Statistics
 from hdpo.generation.engine import GenerationEngine, SamplingConfig
 from hdpo.policy import Policy
-from hdpo.rewards import Verifier
+from hdpo.rewards import PendingGrades, Verifier
 from hdpo.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Purpose", "StationModule", "num_copies", "sample_and_grade", "timed"]
+__all__ = ["GradingSamples", "Purpose", "StationModule", "num_copies", "sample", "timed"]
 
 
 class Purpose(IntEnum):
@@ -60,7 +61,44 @@ def timed(statistics: Statistics, name: str) -> Iterator[None]:
     statistics.add(f"time/{name}", time.perf_counter() - started)
 
 
-def sample_and_grade(
+@dataclass
+class GradingSamples:
+    """Completions whose answers are on their way through the verifier.
+
+    Attributes:
+        completions: ``[N, S]``, as the engine returned them.
+        texts: the N * S decoded completions.
+        pending: their grades.
+        statistics: where waiting seconds and verifier outcomes are counted.
+    """
+
+    completions: Completions
+    texts: list[str]
+    pending: PendingGrades
+    statistics: Statistics
+
+    def rollouts(self) -> Rollouts:
+        """Wait for the grades, and return the scored rollouts ``[N, S]``."""
+        with timed(self.statistics, "scoring"):
+            grades = self.pending.result()
+        outcomes = [str(grade.outcome.value) for grade in grades]
+        for outcome in outcomes:
+            self.statistics.add(f"verifier/{outcome}", 1.0, None)
+        completions = self.completions
+        shape = completions.truncated.shape
+        groups = range(0, len(self.texts), max(shape[1], 1))
+        return Rollouts(
+            completion_ids=completions.ids,
+            completion_mask=completions.mask,
+            sampler_logps=completions.logps,
+            truncated=completions.truncated,
+            rewards=torch.tensor([g.reward for g in grades], device=completions.ids.device).view(shape),
+            outcomes=[outcomes[i : i + shape[1]] for i in groups],
+            texts=[self.texts[i : i + shape[1]] for i in groups],
+        )
+
+
+def sample(
     trainer: Any,
     module: StationModule,
     prompts: Sequence[Sequence[int]],
@@ -70,8 +108,8 @@ def sample_and_grade(
     statistics: Statistics,
     station: str,
     drafts: Sequence[str] | None = None,
-) -> tuple[Rollouts, Completions]:
-    """Sample S completions for each of N prompts, decode and grade them.
+) -> GradingSamples:
+    """Sample S completions for each of N prompts, decode them and begin to grade them.
 
     Args:
         trainer: whose precision the engine samples in (Lightning enters autocast only around its own steps).
@@ -85,7 +123,7 @@ def sample_and_grade(
         drafts: N texts that the completions may repeat; they only make the engine faster.
 
     Returns:
-        The scored rollouts ``[N, S]``, and the completions as the engine returned them.
+        The completions; their :meth:`GradingSamples.rollouts` waits for the grades.
     """
     with timed(statistics, station), trainer.precision_plugin.forward_context():
         guesses = [module.tokenizer.encode(text, add_special_tokens=False) for text in drafts] if drafts else None
@@ -94,21 +132,8 @@ def sample_and_grade(
         num_samples = seeds.shape[1]
         ids = [sample for group in completions.token_lists() for sample in group]
         texts = module.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
-        grades = module.verifier.grade(texts, [r for r in references for _ in range(num_samples)])
-    outcomes = [str(grade.outcome.value) for grade in grades]
-    for outcome in outcomes:
-        statistics.add(f"verifier/{outcome}", 1.0, None)
-    groups = range(0, len(texts), num_samples)
-    rollouts = Rollouts(
-        completion_ids=completions.ids,
-        completion_mask=completions.mask,
-        sampler_logps=completions.logps,
-        truncated=completions.truncated,
-        rewards=torch.tensor([g.reward for g in grades], device=completions.ids.device).view(seeds.shape),
-        outcomes=[outcomes[i : i + num_samples] for i in groups],
-        texts=[texts[i : i + num_samples] for i in groups],
-    )
-    return rollouts, completions
+        pending = module.verifier.submit(texts, [r for r in references for _ in range(num_samples)])
+    return GradingSamples(completions, texts, pending, statistics)
 
 
 def num_copies(texts: Sequence[str], solutions: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens decoded so far, and attention to them.
+"""Keys and values of the tokens decoded so far.
 
 A key stands in the column of its position: row r's token at position p is in column p, whatever else is in the batch.
 So rows need no common start, a row may take any number of tokens at a time, and a token that was guessed wrongly is
@@ -7,21 +7,13 @@ overwritten by the right one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from hdpo.policy import Policy
-
-__all__ = ["SlotCache", "attention_kinds", "decode_attention"]
+__all__ = ["SlotCache"]
 
 #: Columns are added in steps of this factor: completions are mostly far shorter than their limit.
 _GROWTH = 1.5
@@ -78,13 +70,13 @@ class SlotCache(Cache):
     """A transformers cache whose columns are positions.
 
     Args:
-        kinds: the attention of each layer, see :func:`attention_kinds`.
+        num_layers: of the model.
         width: columns of the prompts.
         limit: columns that may be needed in all.
     """
 
-    def __init__(self, kinds: Sequence[str], width: int, limit: int) -> None:
-        super().__init__(layers=[_SlotLayer(self) for _ in kinds])
+    def __init__(self, num_layers: int, width: int, limit: int) -> None:
+        super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
         self.used, self.limit = width, limit
         self.capacity = min(limit, int(width * _GROWTH) + 64)
         self.cells: Tensor | None = None
@@ -110,87 +102,3 @@ class SlotCache(Cache):
     def _take(self, rows: Tensor | None) -> None:
         for layer in self.layers:
             cast(_SlotLayer, layer).take(rows, self.used)
-
-
-def attention_kinds(policy: Policy) -> list[str]:
-    """What each layer attends to: ``full_attention`` or ``sliding_attention``.
-
-    Raises:
-        ValueError: a layer is of another kind.
-    """
-    config = policy.model.config.get_text_config()
-    kinds = list(getattr(config, "layer_types", None) or [])
-    if not kinds:
-        sliding = getattr(config, "sliding_window", None) is not None
-        kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise ValueError(
-            f"the transformers engine cannot decode a {config.model_type} with layers of kind {', '.join(unknown)}; "
-            "choose hdpo.generation.VLLMEngine"
-        )
-    return kinds
-
-
-def masks(policy: Policy, kinds: Sequence[str], positions: Tensor, num_columns: int, dtype: torch.dtype) -> Any:
-    """Additive masks ``[rows, 1, m, columns]`` of queries at ``positions``: each sees its own column and those before.
-
-    Additive, because SDPA would otherwise make one of a boolean mask in every layer.
-
-    Returns:
-        The mask, or where layers differ one for each kind.
-    """
-    columns = torch.arange(num_columns, device=positions.device)
-    window: int = getattr(policy.model.config.get_text_config(), "sliding_window", None) or 0
-    found = {}
-    for kind in dict.fromkeys(kinds):
-        hidden = columns > positions[..., None]
-        if kind == "sliding_attention":
-            hidden |= columns <= positions[..., None] - window
-        found[kind] = (hidden.to(dtype) * torch.finfo(dtype).min)[:, None]
-    return found if len(found) > 1 else next(iter(found.values()))
-
-
-def _grouped_sdpa(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """SDPA that reads each key/value head once for all query heads that share it.
-
-    transformers copies keys and values to every query head first where there is a mask, which for one query token
-    costs more than the attention itself. Here these heads are further queries of one head.
-    """
-    rows, heads, length, width = query.shape
-    key_heads = key.shape[1]
-    if attention_mask is None or heads == key_heads:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    shared = heads // key_heads
-    mask = attention_mask
-    if length > 1:
-        mask = mask[:, :, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
-    folded = query.reshape(rows, key_heads, shared * length, width)
-    out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(rows, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
-
-
-_NAME = "hdpo_grouped_sdpa"
-AttentionInterface.register(_NAME, _grouped_sdpa)
-AttentionMaskInterface.register(_NAME, sdpa_mask)
-
-
-@contextmanager
-def decode_attention(policy: Policy) -> Iterator[None]:
-    """Let the policy attend with :func:`_grouped_sdpa`, unless it was loaded with transformers' eager attention."""
-    config = policy.model.config.get_text_config()
-    before = config._attn_implementation
-    if before != "eager":
-        config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -15,12 +15,17 @@ from torch import Tensor
 
 __all__ = ["Drafts"]
 
-_FIRST, _LEAST, _MOST = 24, 4, 64
+_LEAST, _MOST = 4, 64
+_PATIENCE = 2
 _NONE = -1
 
 
 class Drafts:
     """Guesses for the rows of one decoding batch.
+
+    A completion is taken to follow its draft token by token, at first from the beginning. A token that was replaced
+    leaves the two aligned. Where guesses go wrong several times in a row, tokens were added or left out: the last two
+    are then looked up in the draft, and the guesses go on behind the nearest place where they stand.
 
     Args:
         drafts: one text a row, as token ids; may be empty.
@@ -31,15 +36,19 @@ class Drafts:
         width = max(map(len, drafts), default=0)
         rows = [[*d, *[_NONE] * (width - len(d))] for d in drafts]
         self.ids = torch.tensor(rows, dtype=torch.int64, device=device).view(len(drafts), width)
-        self.lengths = torch.tensor([len(d) for d in drafts], device=device)
+        self.lengths = torch.tensor([len(d) for d in drafts], dtype=torch.int64, device=device)
         #: How many tokens are guessed at a time: what went well last time, doubled.
-        self.window = torch.full((len(drafts),), _FIRST, device=device)
+        self.window = torch.full((len(drafts),), _MOST, device=device)
+        self.shift = torch.zeros_like(self.window)  # token t of the completion is guessed to be token t + shift
+        self.misses = torch.zeros_like(self.window)  # times in a row that not even the first guess was right
+
+    def first(self, limit: int) -> tuple[Tensor, Tensor]:
+        """Guess how the completions begin, with at most ``limit`` tokens; as :meth:`propose`."""
+        guessed = self.ids[:, : max(0, min(_MOST, limit))]
+        return guessed.clamp_min(0), self.lengths.clamp_max(guessed.shape[1])
 
     def propose(self, last: Tensor, before: Tensor, emitted: Tensor) -> tuple[Tensor, Tensor]:
         """Guess the tokens that follow.
-
-        The guess goes on after the place in the draft where the last two tokens stand, the one nearest to the
-        completion's own length; where they stand nowhere, it goes on at that length (one token was replaced).
 
         Args:
             last: ``[R]`` the last token of each completion.
@@ -50,13 +59,14 @@ class Drafts:
             Guesses ``[R, m]`` and how many of each row's are meant, ``[R]``; m may be 0.
         """
         width = self.ids.shape[1]
-        start = emitted
         if width > 1:
-            columns = torch.arange(2, width + 1, device=last.device)
+            places = torch.arange(2, width + 1, device=last.device)
             found = (self.ids[:, :-1] == before[:, None]) & (self.ids[:, 1:] == last[:, None])
-            distance = torch.where(found, (columns - emitted[:, None]).abs(), 2 * width + emitted[:, None])
-            nearest = distance.argmin(-1)
-            start = torch.where(found.any(-1), nearest + 2, emitted)
+            distance = (places - (emitted + self.shift)[:, None]).abs()
+            nearest = torch.where(found, distance, 2 * width + emitted.max()).argmin(-1) + 2
+            lost = (self.misses >= _PATIENCE) & found.any(-1)
+            self.shift = torch.where(lost, nearest - emitted, self.shift)
+        start = (emitted + self.shift).clamp_min(0)
         counts = torch.minimum((self.lengths - start).clamp_min(0), self.window)
         most = int(counts.max()) if len(counts) else 0
         index = (start[:, None] + torch.arange(most, device=last.device)).clamp_max(max(width - 1, 0))
@@ -66,7 +76,9 @@ class Drafts:
     def learn(self, accepted: Tensor) -> None:
         """Guess more after good guesses, less after bad ones; ``accepted`` ``[R]`` tokens were right."""
         self.window = (2 * accepted).clamp(_LEAST, _MOST)
+        self.misses = torch.where(accepted > 0, 0, self.misses + 1)
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows."""
-        self.ids, self.lengths, self.window = self.ids[rows], self.lengths[rows], self.window[rows]
+        for name in ("ids", "lengths", "window", "shift", "misses"):
+            setattr(self, name, getattr(self, name)[rows])

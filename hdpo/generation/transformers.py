@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hdpo.attention import attention_kinds, attention_masks, grouped_attention
 from hdpo.distributed import gathered_parameters
 from hdpo.experience import Completions
 from hdpo.functional.random import uniform
-from hdpo.generation.cache import SlotCache, attention_kinds, decode_attention, masks
+from hdpo.generation.cache import SlotCache
 from hdpo.generation.drafts import Drafts
 from hdpo.generation.engine import GenerationEngine, SamplingConfig
 from hdpo.policy import Policy
@@ -77,7 +78,7 @@ class TransformersEngine(GenerationEngine):
         per_wave = max(1, self.max_sequences // max(num_samples, 1))
         was_training = policy.training
         policy.eval()  # gradient checkpointing is active in training mode and would refuse the cache
-        with gathered_parameters(policy), decode_attention(policy), torch.inference_mode():
+        with gathered_parameters(policy), grouped_attention(policy.model), torch.inference_mode():
             for start in range(0, num_prompts if num_samples else 0, per_wave):
                 wave = order[start : start + per_wave]
                 rows = torch.tensor(wave)[:, None] * num_samples + torch.arange(num_samples)
@@ -147,14 +148,20 @@ class _Wave:
         out: _Out,
     ) -> None:
         self.policy, self.sampling, self.compaction, self.out = policy, sampling, compaction, out
-        self.kinds = attention_kinds(policy)
+        kinds = attention_kinds(policy.model)
+        unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise ValueError(
+                f"the transformers engine cannot decode a {policy.model.config.model_type} with layers of kind "
+                f"{', '.join(unknown)}; choose hdpo.generation.VLLMEngine"
+            )
         self.prompts, self.rows, self.seeds = prompts, rows, seeds
         device, self.limit = seeds.device, sampling.max_new_tokens
         self.repeats = len(seeds) // len(prompts)
         self.ends = torch.tensor([len(p) for p in prompts], device=device)
         self.width = max(map(len, prompts))
         self.eos = torch.tensor(sampling.eos_token_ids, device=device)
-        self.cache = SlotCache(self.kinds, self.width, self.width + self.limit)
+        self.num_layers = len(kinds)
         #: A completion's token t stands at position starts + t.
         self.starts = self.ends.repeat_interleave(self.repeats)
         self.lengths = torch.zeros_like(seeds)  # tokens of each completion so far
@@ -169,24 +176,44 @@ class _Wave:
         ).last_hidden_state
         return hidden
 
-    def _prefill(self) -> Tensor:
-        """Read each prompt once; hidden states ``[R, H]`` of the last prompt token of each row."""
-        device = self.seeds.device
+    def _prefill(self, guesses: list[list[int]], numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Read each prompt once, with what is guessed to follow, and draw a token behind it and behind each guess.
+
+        Args:
+            guesses: tokens that may follow each of the P prompts; may be empty lists.
+            numbers: ``[R, m]`` random numbers, m being one more than the longest guess.
+
+        Returns:
+            Token ids and log-probs, ``[R, m]``.
+        """
+        device, shape = self.seeds.device, (len(self.prompts), self.repeats, -1)
+        rows = [p + g for p, g in zip(self.prompts, guesses, strict=True)]
+        width = max(map(len, rows))
         # Padding on the right is never attended to: its columns are overwritten before a query stands behind them.
-        ids = torch.tensor([p + [0] * (self.width - len(p)) for p in self.prompts], device=device)
-        prompts = torch.arange(len(ids), device=device)
-        hidden = self._hidden(ids, torch.arange(self.width, device=device).expand_as(ids), None)
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        self.cache = SlotCache(self.num_layers, width, self.width + self.limit)
+        hidden = self._hidden(ids, torch.arange(width, device=device).expand_as(ids), None)
+        prompts = torch.arange(len(rows), device=device)
+        places = (self.ends[:, None] - 1 + torch.arange(numbers.shape[1], device=device)).clamp_max(width - 1)
+        hidden = hidden[prompts[:, None], places]
         self.cache.select(prompts.repeat_interleave(self.repeats))
-        return hidden[prompts, self.ends - 1].repeat_interleave(self.repeats, 0)
+        # All samples of a prompt draw from one distribution a position.
+        drawn = self._draw(hidden.flatten(0, 1), numbers.reshape(shape).transpose(1, 2).flatten(0, 1))
+        tokens, logps = (x.view(len(rows), -1, self.repeats).transpose(1, 2).flatten(0, 1) for x in drawn)
+        return tokens, logps
 
     def _read(self, tokens: Tensor, positions: Tensor, num_columns: int) -> Tensor:
         """Hidden states ``[rows, m, H]`` of tokens ``[rows, m]``; no position is ``num_columns`` or more."""
         self.cache.write_at(positions, num_columns)
-        mask = masks(self.policy, self.kinds, positions, num_columns, self.policy.compute_dtype)
+        columns = torch.arange(num_columns, device=positions.device)
+        mask = attention_masks(self.policy.model, positions, columns, self.policy.compute_dtype)
         return self._hidden(tokens, positions, mask)
 
     def _draw(self, hidden: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids and log-probs ``[n]`` from hidden states ``[n, H]``, a bounded block of logits at a time."""
+        """Token ids and log-probs in the shape of ``numbers``, ``[n, ...]``, from hidden states ``[n, H]``.
+
+        A bounded block of logits at a time.
+        """
         hidden, weight, bias = self.policy.output_layer(hidden)
         size = max(1, _SAMPLE_ELEMENTS // len(weight))
         drawn = []
@@ -217,9 +244,9 @@ class _Wave:
         """Decode token by token."""
         limit, device = self.limit, self.seeds.device
         numbers = uniform(self.seeds[:, None], torch.arange(limit, device=device))
-        hidden = self._prefill()
+        drawn = self._prefill([[] for _ in self.prompts], numbers[:, :1])
+        tokens, logps = drawn[0][:, 0], drawn[1][:, 0]
         for step in range(limit):
-            tokens, logps = self._draw(hidden, numbers[:, step])
             cells = self.rows * limit + step
             # What a finished row goes on to draw lies behind its length.
             self.out.ids.index_copy_(0, cells, tokens)
@@ -234,17 +261,20 @@ class _Wave:
                 tokens, numbers = tokens[keep], numbers[keep]
             positions = (self.starts + step)[:, None]
             hidden = self._read(tokens[:, None], positions, self.width + step + 1)[:, 0]
+            tokens, logps = self._draw(hidden, numbers[:, step + 1])
         self.out.truncated[self.rows] = ~self.done
         self.out.lengths[self.rows] = self.lengths
 
     def run_with_drafts(self, drafts: Drafts) -> None:
         """Decode as many tokens at a time as the drafts guess rightly."""
         limit, device = self.limit, self.seeds.device
-        hidden = self._prefill()
-        accepted = torch.ones_like(self.seeds)  # of the tokens that were drawn last
+        guessed, counts = drafts.first(limit - 1)
+        steps = torch.arange(guessed.shape[1] + 1, device=device)
+        samples = zip(guessed[:: self.repeats].tolist(), counts[:: self.repeats].tolist(), strict=True)
+        tokens, logps = self._prefill([g[:n] for g, n in samples], uniform(self.seeds[:, None], steps))
+        accepted = 1 + self._num_right(tokens, guessed, counts)  # of the tokens that were drawn last
+        drafts.learn(accepted - 1)
         before = torch.full_like(self.seeds, -1)  # the last token but one
-        drawn = self._draw(hidden, uniform(self.seeds, 0))
-        tokens, logps = drawn[0][:, None], drawn[1][:, None]
         while True:
             offsets = torch.arange(tokens.shape[1], device=device)
             fresh = ((offsets < accepted[:, None]) & ~self.done[:, None]).nonzero(as_tuple=True)
@@ -275,26 +305,31 @@ class _Wave:
                 x.view(given.shape)
                 for x in self._draw(hidden.flatten(0, 1), uniform(self.seeds[:, None], steps).flatten())
             )
-            right = (tokens[:, :-1] == given[:, 1:]) & ~self._is_end(tokens[:, :-1])
-            right &= torch.arange(right.shape[1], device=device) < counts[:, None]
-            accepted = 1 + right.long().cumprod(-1).sum(-1)
+            accepted = 1 + self._num_right(tokens, guessed, counts)
             drafts.learn(accepted - 1)
             accepted = torch.minimum(accepted, limit - self.lengths).clamp_min(1)
             before = last
         self.out.lengths[self.rows] = self.lengths
 
+    def _num_right(self, tokens: Tensor, guessed: Tensor, counts: Tensor) -> Tensor:
+        """How many guesses of each row are what was drawn in their place, before the completion's end."""
+        drawn = tokens[:, :-1]
+        right = (drawn == guessed) & ~self._is_end(drawn)
+        right &= torch.arange(right.shape[1], device=right.device) < counts[:, None]
+        return right.long().cumprod(-1).sum(-1)
+
 
 def draw(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution at a uniform number.
+    """Draw tokens by inverting the cumulative distribution at uniform numbers.
 
     Args:
         logits: ``[R, V]``.
-        numbers: ``[R]`` float64 in [0, 1), see :func:`hdpo.functional.random.uniform`.
+        numbers: ``[R]`` float64 in [0, 1), see :func:`hdpo.functional.random.uniform`; ``[R, K]`` for K tokens a row.
         temperature: 0 takes the most likely token.
 
     Returns:
-        Token ids ``[R]`` and their log-probabilities ``[R]`` (nats) under the distribution that was sampled; with
-        temperature 0 under the one of temperature 1.
+        Token ids and their log-probabilities (nats) in the shape of ``numbers``, under the distribution that was
+        sampled; with temperature 0 under the one of temperature 1.
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, -1.0]]).expand(20_000, 3)
@@ -302,13 +337,14 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Tensor, T
         >>> (ids.bincount() / 20_000 - logits[0].softmax(-1)).abs().max().item() < 0.001
         True
     """
-    if temperature == 0:
-        ids = logits.argmax(-1)
-        return ids, (logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1))
-    scaled = logits if temperature == 1 else logits / temperature
+    wanted = numbers.contiguous().view(len(numbers), -1)
+    scaled = logits if temperature in (0, 1) else logits / temperature
     log_probs = scaled.log_softmax(-1)
-    # float64, because the sum of 150,000 float32 probabilities misses the tail's.
-    cumulative = log_probs.to(torch.float64, copy=True).exp_().cumsum_(-1)
-    threshold = numbers[:, None] * cumulative[:, -1:]
-    picked = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
-    return picked[:, 0], log_probs.gather(-1, picked)[:, 0]
+    if temperature == 0:
+        picked = logits.argmax(-1, keepdim=True).expand_as(wanted)
+    else:
+        # float64, because the sum of 150,000 float32 probabilities misses the tail's.
+        cumulative = log_probs.to(torch.float64, copy=True).exp_().cumsum_(-1)
+        picked = torch.searchsorted(cumulative, wanted * cumulative[:, -1:], right=True)
+        picked.clamp_(max=logits.shape[-1] - 1)
+    return picked.view(numbers.shape), log_probs.gather(-1, picked).view(numbers.shape)

@@ -13,6 +13,7 @@ from hdpo.rewards.base import Grade, Outcome, PendingGrades, Verifier, check_pai
 from hdpo.rewards.extract import last_boxed
 from hdpo.rewards.pool import Batch, WorkerPool
 from hdpo.rewards.process import Verdict, WorkerOptions
+from hdpo.rewards.shortcuts import Memory, plain_integers
 
 __all__ = ["MathVerifier"]
 
@@ -28,8 +29,9 @@ class MathVerifier(Verifier):
     batch in which n answers never end takes at most ``ceil(n / num_workers) * timeout`` seconds, plus the time of the
     others and a third of a second for each new worker.
 
-    Equal pairs of answer and reference in one call are graded once. Workers start at the first use, end with
-    :meth:`close` or with this process, and do not import torch.
+    Equal pairs of answer and reference are graded once. In the ``strict`` profile pairs of plain integers need no
+    worker at all, and the verdicts on the last 16,384 pairs are remembered, missed deadlines and failures excepted.
+    Workers start at the first use, end with :meth:`close` or with this process, and do not import torch.
 
     Args:
         profile: ``strict``: the answer is the content of the completion's last ``\boxed{}``. ``nemo``: NeMo-RL's rule,
@@ -82,6 +84,7 @@ class MathVerifier(Verifier):
         self._lock = threading.RLock()
         self._pool: WorkerPool | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
+        self._memory = Memory()
         _INSTANCES.add(self)
 
     def _running(self) -> WorkerPool:
@@ -107,13 +110,28 @@ class MathVerifier(Verifier):
         """
         check_pairs(completions, references)
         requests: dict[tuple[str, str, str], int] = {}
-        indices: list[int | None] = []
+        results: list[int | Verdict] = []
         for completion, reference in zip(completions, references, strict=True):
             answer = self._answer(completion)
-            key = None if answer is None else ("grade", answer, reference)
-            indices.append(None if key is None else requests.setdefault(key, len(requests)))
+            known = _NOTHING if answer is None else self._known(answer, reference)
+            if known is None:
+                assert answer is not None
+                results.append(requests.setdefault(("grade", answer, reference), len(requests)))
+            else:
+                results.append(known)
         batch = self._running().submit(list(requests)) if requests else Batch([])
-        return _MathGrades(self, batch, indices)
+        return _MathGrades(self, batch, results)
+
+    def _known(self, answer: str, reference: str) -> Verdict | None:
+        """The verdict where no worker has to be asked."""
+        if self.profile == "nemo" or self.grader != MathVerifier.grader:
+            return None  # whole completions hardly ever repeat; another grader has rules of its own
+        return plain_integers(answer, reference) or self._memory.get(answer, reference)
+
+    def _remember(self, requests: Sequence[Sequence[str]], verdicts: Sequence[Verdict]) -> None:
+        if self.profile != "nemo":
+            for (_, answer, reference), verdict in zip(requests, verdicts, strict=True):
+                self._memory.put(answer, reference, verdict)
 
     def grade(self, completions: Sequence[str], references: Sequence[str]) -> list[Grade]:
         """Grade completions against their reference answers; see :meth:`Verifier.grade`.
@@ -170,12 +188,12 @@ class MathVerifier(Verifier):
 
 
 class _MathGrades(PendingGrades):
-    """Verdicts on the distinct requests of one call, and which completion each belongs to."""
+    """Verdicts on the distinct requests of one call, and which of them (or which known one) each completion gets."""
 
-    def __init__(self, verifier: MathVerifier, batch: Batch, indices: list[int | None]) -> None:
+    def __init__(self, verifier: MathVerifier, batch: Batch, results: list[int | Verdict]) -> None:
         self._verifier = verifier
         self._batch = batch
-        self._indices = indices
+        self._results = results
         self._lock = threading.Lock()
         self._grades: list[Grade] | None = None
 
@@ -186,7 +204,8 @@ class _MathGrades(PendingGrades):
         verdicts = self._batch.wait()
         with self._lock:
             if self._grades is None:
-                self._grades = [_grade(_NOTHING if i is None else verdicts[i]) for i in self._indices]
+                self._verifier._remember(self._batch.requests, verdicts)
+                self._grades = [_grade(r if isinstance(r, Verdict) else verdicts[r]) for r in self._results]
                 self._verifier._count(self._grades)
         return self._grades
 

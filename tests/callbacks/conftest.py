@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hdpo.batching import pack
 from hdpo.experience import Completions, Experience, Prompts, Rollouts
 from hdpo.functional.random import derive_seeds
 from tests.toy import BoxedVerifier
@@ -44,6 +45,9 @@ class Tokenizer:
 class Student(torch.nn.Module):
     eos_token_ids = (1, 3)
     vocab_size = 50
+
+    def pack(self, sequences, token_budget):
+        return pack(sequences, token_budget)
 
     def completion_logps(self, sequences, *, token_budget, temperature):
         return [torch.full((len(ids),), -0.5) for ids in sequences.completion_ids]

@@ -14,22 +14,35 @@ def detected(scored, module, trainer, rewards=REWARDS):
     return batch
 
 
+def refresh(station, trainer, module, batch):
+    """What a training step does with the station."""
+    batch.distillation = None
+    station.on_train_batch_start(trainer, module, batch, 0)
+    assert batch.distillation is None, "answers may still be graded"
+    if batch.finish_distillation is not None:
+        batch.finish_distillation()
+
+
 def test_only_correct_privileged_rollouts_of_cliffs_are_kept(scored, module, trainer, expected_seeds):
     batch = detected(scored, module, trainer)
-    DistillationRefresh(num_privileged=4, topk=8, seed=5).on_train_batch_start(trainer, module, batch, 0)
+    refresh(DistillationRefresh(num_privileged=4, topk=8, seed=5), trainer, module, batch)
     prompts, seeds, _ = module.engine.calls[0]
     assert prompts == [[10, 9], [11, 9], [13, 9]]
     assert torch.equal(seeds, expected_seeds(5, 2, 7, [4, 5, 7], 4))
     right = (seeds & 1).bool()
-    expected = [[answer] for answer, row in zip((10, 11, 13), right, strict=True) for hit in row if hit]
+    hits = {answer: int(row.sum()) for answer, row in zip((10, 11, 13), right, strict=True) if row.any()}
+    assert max(hits.values()) > 1
+    expected = [[answer] for answer in hits]
     distillation = batch.distillation
+    assert distillation.counts == list(hits.values()), "equal rollouts are read once and counted"
+    assert distillation.num_tokens == sum(hits.values())
     assert distillation.student.completion_ids == expected
     assert distillation.student.prompt_ids == expected  # the student's context is the bare answer here
     assert distillation.privileged.prompt_ids == [[a, 9] for (a,) in expected]
     assert [t.shape for t in distillation.topk_ids] == [(1, 8)] * len(expected)
     means = batch.statistics.means()
     assert means["privileged/pass_rate"] == pytest.approx(right.float().mean().item())
-    assert means["privileged/kept"] == means["privileged/tokens"] == len(expected)
+    assert means["privileged/kept"] == means["privileged/tokens"] == sum(hits.values())
     assert means["privileged/copy_rate"] == 1.0
     assert set(batch.privileged_texts) == {0, 1, 3}
 
@@ -37,14 +50,15 @@ def test_only_correct_privileged_rollouts_of_cliffs_are_kept(scored, module, tra
 def test_weight_zero_does_nothing_but_free_the_engine(scored, module, trainer):
     module.distillation_weight = 0.0
     batch = detected(scored, module, trainer)
-    DistillationRefresh().on_train_batch_start(trainer, module, batch, 0)
+    refresh(DistillationRefresh(), trainer, module, batch)
     assert module.engine.calls == ["after"]
     assert batch.distillation is None
 
 
 def test_no_cliffs_at_all(scored, module, trainer):
     batch = detected(scored, module, trainer, [[1.0, 1.0]] * 4)
-    DistillationRefresh().on_train_batch_start(trainer, module, batch, 0)
+    refresh(DistillationRefresh(), trainer, module, batch)
+    assert module.engine.calls == ["after"]
     assert batch.distillation is None
     assert batch.statistics.means()["privileged/kept"] == 0
 
@@ -52,7 +66,7 @@ def test_no_cliffs_at_all(scored, module, trainer):
 def test_the_limit_takes_the_first_of_the_global_batch(scored, module, trainer):
     batch = detected(scored, module, trainer)
     batch.prompts.index = torch.tensor([7, 5, 6, 4])
-    DistillationRefresh(max_cliffs_per_step=2).on_train_batch_start(trainer, module, batch, 0)
+    refresh(DistillationRefresh(max_cliffs_per_step=2), trainer, module, batch)
     assert module.engine.calls[0][0] == [[11, 9], [13, 9]]
     assert batch.statistics.means()["privileged/over_limit"] == 1
 
@@ -60,7 +74,7 @@ def test_the_limit_takes_the_first_of_the_global_batch(scored, module, trainer):
 def test_prompts_that_are_too_long_are_skipped_and_counted(scored, module, trainer):
     batch = detected(scored, module, trainer)
     batch.prompts.privileged_ids[1] = []
-    DistillationRefresh().on_train_batch_start(trainer, module, batch, 0)
+    refresh(DistillationRefresh(), trainer, module, batch)
     assert module.engine.calls[0][0] == [[10, 9], [13, 9]]
     assert batch.statistics.means()["privileged/too_long"] == 1
 
@@ -69,7 +83,7 @@ def test_a_buffer_that_lives_three_steps_and_is_restored(scored, module, trainer
     station = DistillationRefresh(refresh_every=3, topk=8)
     trainer.global_step = 6
     first = detected(scored, module, trainer)
-    station.on_train_batch_start(trainer, module, first, 0)
+    refresh(station, trainer, module, first)
     kept = first.distillation.student
     module.engine.calls.clear()
     trainer.global_step = 7
@@ -77,12 +91,13 @@ def test_a_buffer_that_lives_three_steps_and_is_restored(scored, module, trainer
     restored.load_state_dict(station.state_dict())
     for callback in (station, restored):
         second = detected(scored, module, trainer, [[1.0, 1.0]] * 4)
-        callback.on_train_batch_start(trainer, module, second, 0)
+        refresh(callback, trainer, module, second)
         assert second.distillation.student == kept
     assert module.engine.calls == ["after", "after"], "nothing is sampled between refreshes"
     trainer.global_step = 9
     third = detected(scored, module, trainer, [[1.0, 1.0]] * 4)
-    station.on_train_batch_start(trainer, module, third, 0)
+    third.finish_distillation = None
+    refresh(station, trainer, module, third)
     assert third.distillation is None
 
 

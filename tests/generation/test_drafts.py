@@ -131,10 +131,12 @@ def test_the_engine_can_be_told_not_to_use_them(policy, passes):
     assert len(passes) == without
 
 
-def propose(draft, completion, window=None):
+def propose(draft, completion, *, misses=0, window=None):
     drafts = Drafts([draft], torch.device("cpu"))
     if window:
         drafts.window[:] = window
+    for _ in range(misses):
+        drafts.learn(torch.tensor([0]))
     last, before = completion[-1], completion[-2] if len(completion) > 1 else -1
     guessed, counts = drafts.propose(torch.tensor([last]), torch.tensor([before]), torch.tensor([len(completion)]))
     return guessed[0, : int(counts[0])].tolist()
@@ -142,10 +144,23 @@ def propose(draft, completion, window=None):
 
 def test_what_is_proposed():
     assert propose([5, 6, 7, 8], [5, 6]) == [7, 8]
-    assert propose([5, 6, 7, 8], [9, 5, 6]) == [7, 8]  # found although shifted
-    assert propose([5, 6, 7, 8], [5, 9]) == [7, 8]  # one replaced: goes on at the completion's length
     assert propose([5, 6, 7, 8], [5]) == [6, 7, 8]
-    assert propose([5, 6, 1, 5, 6, 2, 5, 6, 3], [0, 0, 0, 5, 6]) == [2, 5, 6, 3]  # the nearest of several places
+    assert propose([5, 6, 7, 8], [5, 9]) == [7, 8], "one was replaced"
+    assert propose([5, 6, 7, 8], [9, 5, 6]) == [8], "one was added, which is not known yet"
+    assert propose([5, 6, 7, 8], [9, 5, 6], misses=2) == [7, 8]
+    assert propose([5, 6, 1, 5, 6, 2, 5, 6, 3], [0, 0, 0, 5, 6], misses=2) == [2, 5, 6, 3], "the nearest of all places"
+    assert propose([5, 6, 7, 8], [5, 9], misses=2) == [7, 8], "they stand nowhere"
     assert propose([5, 6, 7, 8], [5, 6, 7, 8]) == []
-    assert propose([], [5]) == []
+    assert propose([], [5], misses=2) == []
+    assert propose([5], [5], misses=2) == []
     assert propose([5, 6, 7, 8, 9], [5, 6], window=2) == [7, 8]
+
+
+def test_a_shift_is_remembered_and_the_window_follows_what_went_well():
+    drafts = Drafts([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]], torch.device("cpu"))
+    for _ in range(2):
+        drafts.learn(torch.tensor([0]))
+    arguments = [torch.tensor([x]) for x in (6, 5, 4)]  # two tokens were added before 5, 6
+    assert drafts.propose(*arguments)[0].tolist() == [[7, 8, 9, 10]]
+    drafts.learn(torch.tensor([3]))
+    assert drafts.propose(*(torch.tensor([x]) for x in (30, 9, 8)))[0].tolist() == [[11, 12, 13, 14, 15, 16]]

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from hdpo.batching import TokenBatch
 from hdpo.distributed import shard_policy
 from hdpo.experience import Sequences
 from hdpo.functional.random import derive_seeds
 from hdpo.generation import SamplingConfig, TransformersEngine
 from hdpo.generation.vllm import VLLMEngine
-from hdpo.policy import Policy, TokenBatch
+from hdpo.policy import Policy
 from tests.metrics.gloo import run_on_two
 
 pytestmark = [

@@ -14,12 +14,13 @@ import torch
 from lightning.pytorch import Callback
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from hdpo.batching import TokenBatch
 from hdpo.experience import Sequences
 from hdpo.functional.random import derive_seeds
 from hdpo.generation import SamplingConfig, TransformersEngine
 from hdpo.generation.vllm import VLLMEngine
 from hdpo.paths import resolve_path
-from hdpo.policy import Policy, PolicyConfig, TokenBatch
+from hdpo.policy import Policy, PolicyConfig
 from hdpo.rewards import Grade, Outcome
 from tests.toy import BoxedVerifier, datamodule, module, trainer
 

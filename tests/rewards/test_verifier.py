@@ -72,14 +72,21 @@ def test_equal_pairs_are_graded_once(verifier, monkeypatch):
     sent = []
     submit = WorkerPool.submit
     monkeypatch.setattr(WorkerPool, "submit", lambda self, requests: sent.extend(requests) or submit(self, requests))
-    completions = ["first \\boxed{5}", "then \\boxed{5}", "\\boxed{6}", "\\boxed{5}", "nothing"]
-    assert [g.reward for g in verifier.grade(completions, ["5", "5", "5", "6", "5"])] == [1, 1, 0, 0, 0]
-    assert sent == [("grade", "5", "5"), ("grade", "6", "5"), ("grade", "5", "6")]
+    completions = ["first \\boxed{5.5}", "then \\boxed{5.5}", "\\boxed{6}", "\\boxed{5.5}", "nothing"]
+    for _ in range(2):
+        assert [g.reward for g in verifier.grade(completions, ["5.5", "5.5", "5.5", "6", "5.5"])] == [1, 1, 0, 0, 0]
+    assert sent == [("grade", "5.5", "5.5"), ("grade", "6", "5.5"), ("grade", "5.5", "6")], "also in a second call"
+
+
+def test_plain_integers_need_no_worker(monkeypatch):
+    monkeypatch.setattr(WorkerPool, "__init__", None)
+    grades = MathVerifier().grade(boxed("5", "-5", "12"), ["5", "5", "12"])
+    assert outcomes(grades) == ["correct", "wrong", "correct"]
 
 
 def test_pending_grades_do_not_depend_on_the_order_of_asking(verifier):
-    first = verifier.submit(boxed("1", "2"), ["1", "1"])
-    second = verifier.submit(boxed("2", "1"), ["1", "1"])
+    first = verifier.submit(boxed("1.5", "2.5"), ["1.5", "1.5"])
+    second = verifier.submit(boxed("2.5", "1.5"), ["1.5", "1.5"])
     assert outcomes(second.result()) == ["wrong", "correct"]
     assert outcomes(first.result()) == ["correct", "wrong"]
     assert first.done()
@@ -89,8 +96,8 @@ def test_from_many_threads_at_once(verifier):
     results = {}
 
     def grade(thread):
-        answers = [str(i + thread) for i in range(40)]
-        results[thread] = verifier.grade(boxed(*answers), [str(40 + thread - i) for i in range(40)])
+        answers = [f"{i + thread}.5" for i in range(40)]
+        results[thread] = verifier.grade(boxed(*answers), [f"{40 + thread - i}.5" for i in range(40)])
 
     threads = [threading.Thread(target=grade, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -175,7 +182,7 @@ def test_a_missing_math_verify_is_one_clear_error(tmp_path, monkeypatch):
         r"""
         from hdpo.rewards import MathVerifier, VerifierError
         with MathVerifier() as verifier:
-            grade = lambda: verifier.grade(["\\boxed{5}"], ["5"])
+            grade = lambda: verifier.grade(["\\boxed{5.0}"], ["5"])
             for use in (verifier.start, grade, lambda: verifier.parseable(["5"])):
                 try:
                     use()

@@ -1,0 +1,136 @@
+"""How the policy attends where a plain causal mask does not say it: decoding, and prompts that are read once.
+
+Both put the keys of earlier tokens into a cache and need to say which of its columns a query sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["PrefixCache", "attention_kinds", "attention_masks", "grouped_attention"]
+
+#: With more queries than this a head, the mask copied to every query head would cost more than the keys do.
+_FOLDED_QUERIES = 512
+
+
+def attention_kinds(model: PreTrainedModel) -> list[str]:
+    """What each layer attends to; ``full_attention`` and ``sliding_attention`` are the kinds that masks exist for."""
+    config = model.config.get_text_config()
+    kinds = list(getattr(config, "layer_types", None) or [])
+    if not kinds:
+        sliding = getattr(config, "sliding_window", None) is not None
+        kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+    return kinds
+
+
+def attention_masks(model: PreTrainedModel, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Any:
+    """Additive masks of queries and keys that stand at given positions: a query sees the keys up to its own position.
+
+    Additive, because SDPA would otherwise make one of a boolean mask in every layer.
+
+    Args:
+        model: whose layers' kinds and window count.
+        queries: positions ``[rows, m]``.
+        keys: positions ``[columns]`` or ``[rows, columns]``; a column that nobody sees has a larger one than any query.
+        dtype: of the computation.
+
+    Returns:
+        The mask ``[rows, 1, m, columns]``, or where layers differ one for each kind.
+    """
+    window: int = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+    keys = keys.expand(len(queries), -1)[:, None]
+    found = {}
+    for kind in dict.fromkeys(attention_kinds(model)):
+        hidden = keys > queries[..., None]
+        if kind == "sliding_attention":
+            hidden |= keys <= queries[..., None] - window
+        found[kind] = (hidden.to(dtype) * torch.finfo(dtype).min)[:, None]
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
+class _PrefixLayer(DynamicLayer):
+    """Takes the keys and values of the prefixes first; later calls see them before their own."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = (x.index_select(0, self.rows) for x in (self.keys, self.values))
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+
+
+class PrefixCache(Cache):
+    """Keys and values of prefixes that several sequences share, with gradient: the gradients of all of them add up.
+
+    Args:
+        num_layers: of the model.
+        rows: ``[n]``, which prefix each of the n sequences continues.
+    """
+
+    def __init__(self, num_layers: int, rows: Tensor) -> None:
+        super().__init__(layers=[_PrefixLayer(rows) for _ in range(num_layers)])
+
+
+def _grouped_sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA that reads each key/value head once for all query heads that share it.
+
+    transformers copies keys and values to every query head first where there is a mask, which for one query token
+    costs more than the attention itself. Here these heads are further queries of one head.
+    """
+    rows, heads, length, width = query.shape
+    key_heads = key.shape[1]
+    if attention_mask is None or heads == key_heads or heads // key_heads * length > _FOLDED_QUERIES:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    shared = heads // key_heads
+    mask = attention_mask
+    if length > 1:
+        mask = mask[:, :, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
+    folded = query.reshape(rows, key_heads, shared * length, width)
+    out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
+
+
+_NAME = "hdpo_grouped_sdpa"
+AttentionInterface.register(_NAME, _grouped_sdpa)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
+
+
+@contextmanager
+def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model attend with :func:`_grouped_sdpa`, unless it was loaded with transformers' eager attention."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    if before != "eager":
+        config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
