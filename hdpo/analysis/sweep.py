@@ -149,11 +149,10 @@ def main(args: Sequence[str], run: Callable[[list[str]], int]) -> int:
     for i, (folder, arguments, identity) in enumerate(plan, start=1):
         title = f"== {folder.name} ({i} of {len(plan)})"
         checkpoint = folder / "checkpoints" / "last.ckpt"
-        resumed = checkpoint.exists()
         if _finished(folder):
             print(f"{title}: finished before, skipped", flush=True)
             continue
-        if resumed:
+        if checkpoint.exists():
             print(f"{title}: resumes from {checkpoint}", flush=True)
             arguments = [*arguments, "--ckpt_path", str(checkpoint)]
         else:
@@ -162,10 +161,5 @@ def main(args: Sequence[str], run: Callable[[list[str]], int]) -> int:
         if status := run(arguments):
             print(f"{folder.name} ended with status {status}; mend it and repeat the command: finished runs are kept")
             return status
-        last = _last_evaluation(folder)
-        if resumed and last is not None and not last.exists():
-            # Its checkpoint was of the last step already, where Lightning ends a fit at once.
-            print(f"note: {folder.name} has no evaluation at its last step: remove {folder} and repeat the command")
-        else:
-            (folder / _DONE).touch()
+        (folder / _DONE).touch()
     return report.main([str(out)])

@@ -125,6 +125,11 @@ class Evaluation(Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Print and write the summary of the run."""
         folder = run_folder(trainer)
+        # A run that was killed in its last evaluation resumes at its last step, where Lightning starts no training.
+        if self.after_fit and self._evaluated_step != trainer.global_step:
+            done = (folder / "evaluations" / f"step_{trainer.global_step:06d}.jsonl").exists()
+            if not trainer.strategy.broadcast(done):
+                self._run(trainer)
         export = next((c for c in trainer.callbacks if hasattr(c, "folder") and getattr(c, "enabled", False)), None)
         policy = str(export.folder(trainer)) if export is not None else None
         if not trainer.is_global_zero:

@@ -96,17 +96,18 @@ def test_an_interrupted_run_is_resumed(fit, arguments, tmp_path):
     assert fit.calls[4].ckpt_path is None
 
 
-def test_a_resumed_run_without_its_last_evaluation_is_not_called_done(fit, arguments, tmp_path, capsys):
-    """Interrupted during the last evaluation, after the last checkpoint: Lightning then ends the fit at once."""
+def test_a_run_stopped_in_its_last_evaluation_is_resumed(fit, arguments, tmp_path):
+    """After its last checkpoint: ``fit`` makes up for the evaluation (tests/callbacks/test_evaluation.py)."""
     main(arguments, fit)
     folder = tmp_path / "runs" / "sweep" / ALL[1]
     (folder / "done").unlink()
     (folder / "evaluations" / "step_000010.jsonl").rename(folder / "evaluations" / "step_000000.jsonl")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "last.ckpt").touch()
-    assert main(arguments, lambda args: 0) == 0
-    assert f"note: {ALL[1]} has no evaluation at its last step" in capsys.readouterr().out
-    assert not (folder / "done").exists()
+    assert main(arguments, fit) == 0
+    assert fit.versions == [*ALL, ALL[1]]
+    assert fit.calls[4].ckpt_path == str(folder / "checkpoints" / "last.ckpt")
+    assert (folder / "done").exists()
 
 
 def test_a_run_without_a_checkpoint_starts_anew(fit, arguments, tmp_path):
