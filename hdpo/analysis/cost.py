@@ -11,15 +11,15 @@ weights             P w /D                                                always
 compute weights     P c, if c < w: autocast casts each weight once        always
 gathered weights    FSDP2: P w (transformers engine), else root and two   rollouts; teacher, update
                     layers, w each
-gradients           P w /D                                                update, optimizer
-gradient copies     DDP: P w (buckets). FSDP2: P w (unsharded, until the  always; update
+gradients           P w /D                                                teacher, update, optimizer
+gradient copies     DDP: P w (buckets). FSDP2: P w (unsharded, until the  always; teacher, update
                     last micro-batch)
 optimizer           P w times 2 for Adam /D                               always
 optimizer step      P w /D: square roots of all second moments at once    optimizer
 teacher, reference  P w /D each: frozen or ema teacher; ``kl_coef`` > 0   always
 activations         T tokens, see :func:`layer_bytes`                     update; one layer's: teacher, rollouts
 output layer        one chunk of logits, and V H (4 + 2 c)                update; the chunk: teacher
-engine              KV cache, see :func:`cache_bytes`; vLLM: its share    rollouts; vLLM awake: teacher too
+engine              KV cache, see :func:`cache_bytes`; vLLM: its share    rollouts; vLLM that stays awake: always
 buffers             13 bytes a rollout token, 8 k a distilled token       all but rollouts
 overhead            2 GiB: CUDA context, libraries, fragmentation         always
 =================== ===================================================== ==========================================
@@ -305,7 +305,7 @@ def memory(shape: Shape, work: Workload, setup: Setup) -> dict[str, dict[str, in
     cliffs = min(-(-work.prompts // setup.devices), work.max_cliffs)
     distilled = cliffs * work.num_privileged * work.privileged_new_tokens
     engine = int(setup.share * setup.memory) if vllm else _decode_bytes(shape, work, setup)
-    copies = {"update": p * w} if sharded else dict.fromkeys(PHASES, p * w)
+    copies = {"teacher": p * w, "update": p * w} if sharded else dict.fromkeys(PHASES, p * w)
     parts = {
         "weights": dict.fromkeys(PHASES, ours * w),
         "compute weights": dict.fromkeys(PHASES, p * c if work.mixed else 0),
@@ -314,7 +314,8 @@ def memory(shape: Shape, work: Workload, setup: Setup) -> dict[str, dict[str, in
             "teacher": root_and_layers if sharded else 0,
             "update": root_and_layers if sharded else 0,
         },
-        "gradients": {"update": ours * w, "optimizer": ours * w},
+        # The teacher reads between the policy loss and the distillation loss.
+        "gradients": {"teacher": ours * w, "update": ours * w, "optimizer": ours * w},
         "gradient copies": copies if setup.devices > 1 else {},
         "optimizer": dict.fromkeys(PHASES, ours * w * work.optimizer_states),
         "optimizer step": {"optimizer": ours * w if work.optimizer_states > 1 else 0},
@@ -324,7 +325,7 @@ def memory(shape: Shape, work: Workload, setup: Setup) -> dict[str, dict[str, in
         "output layer": {"teacher": chunk + head * c, "update": chunk + head * (4 + 2 * c)},
         "engine": {
             "rollouts": engine,
-            "teacher": engine if vllm else 0,
+            "teacher": engine if vllm and not setup.sleeps else 0,
             "update": engine if vllm and not setup.sleeps else 0,
             "optimizer": engine if vllm and not setup.sleeps else 0,
         },

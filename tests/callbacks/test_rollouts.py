@@ -35,6 +35,28 @@ def test_the_sampler_is_checked_once_for_each_version(module, trainer, experienc
     assert not checked
 
 
+def test_an_evaluation_checks_a_version_that_no_step_has_checked(module, trainer, experience):
+    station, checked = RolloutGeneration(num_val_samples=2, val_temperature=0.7), []
+    right = module.student.completion_logps
+
+    def watched(sequences, **options):
+        checked.append(options["temperature"])
+        return right(sequences, **options)
+
+    module.student.completion_logps = watched
+    station.on_validation_batch_start(trainer, module, experience, 0)
+    station.on_validation_batch_start(trainer, module, experience, 1)
+    assert checked == [0.7], "once, and with the temperature that was sampled"
+    station.on_train_batch_start(trainer, module, experience, 0)
+    assert checked == [0.7, 1.0], "a training step logs the gap of its own rollouts"
+    station.on_predict_batch_start(trainer, module, experience, 0)
+    assert len(checked) == 2
+    module.engine.sync_version = lambda: 1
+    module.student.completion_logps = lambda sequences, **_: [torch.full((1,), -3.0) for _ in sequences.prompt_ids]
+    with pytest.raises(RuntimeError, match="the sampler's log-probabilities differ"):
+        station.on_test_batch_start(trainer, module, experience, 0)
+
+
 def test_a_gap_that_is_not_a_number_stops_the_run(module, trainer, experience):
     module.student.completion_logps = lambda sequences, **_: [
         torch.tensor([float("nan")]) for _ in sequences.prompt_ids
