@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-vllm lint format clean
+.PHONY: help install demo test test-slow test-vllm bench lint format clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,22 @@ test-slow: $(READY) ## The slow tests
 test-vllm: .venv-vllm/.ready ## The vLLM engine's tests, in an environment of its own
 	@echo "== vLLM tests"
 	.venv-vllm/bin/python -m pytest -q -m vllm tests/generation
+
+.venv-trl/.ready: pyproject.toml .ci/constraints.txt benchmarks/constraints-trl.txt
+	@echo "== creating .venv-trl: what the benchmarks compare with"
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet --upgrade pip setuptools
+	.venv-trl/bin/pip install --quiet -c .ci/constraints.txt -c benchmarks/constraints-trl.txt trl -e .
+	@touch $@
+
+BENCH := .venv-trl/bin/python benchmarks
+bench: .venv-trl/.ready ## The CPU benchmarks, into runs/bench; leave the machine alone meanwhile
+	@echo "== benchmarks (about 12 minutes on 2 cores)"
+	$(BENCH)/update.py --json runs/bench/update.json
+	$(BENCH)/rollouts.py --repeats 5 --json runs/bench/rollouts.json
+	$(BENCH)/step.py --json runs/bench/step.json
+	$(BENCH)/memory.py --width 128 --json runs/bench/memory.json
+	$(BENCH)/verifier.py --json runs/bench/verifier.json
 
 lint: $(READY) ## Style, docstrings, annotations, types and the import contract
 	@echo "== lint"

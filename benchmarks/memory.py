@@ -143,7 +143,13 @@ def main() -> None:
     """Run every method, print a table and write JSON where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, default=151_936, help="vocabulary (default: 151936, Qwen2.5's)")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=4096, help='of the "selected" methods (default: 4096)')
+    parser.add_argument(
+        "--jsd-tokens",
+        type=int,
+        default=2048,
+        help="of the divergences: dense-jsd takes 10 GiB at 2048 (default: 2048)",
+    )
     parser.add_argument("--width", type=int, default=896, help="hidden size (default: 896)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the inputs")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -158,14 +164,16 @@ def main() -> None:
         print("TRL is not installed here: see benchmarks/README.md", file=sys.stderr)
         args.methods = [m for m in args.methods if not m.startswith("trl")]
     env = environment()
-    forwarded = ("vocab", "tokens", "width", "dtype", "threads", "repeats")
+    forwarded = ("vocab", "width", "dtype", "threads", "repeats")
     rows = []
     for method in args.methods:
         argv = [word for name in forwarded for word in (f"--{name}", str(getattr(args, name)))]
-        found = child([*argv, "--only", method])
+        tokens = args.jsd_tokens if method.endswith("jsd") else args.tokens
+        found = child([*argv, "--tokens", str(tokens), "--only", method])
         rows.append(
             {
                 "method": method,
+                "tokens": tokens,
                 "peak_MiB": found["peak"] / 2**20,
                 "gradients_MiB": found["gradients"] / 2**20,
                 "beyond_MiB": (found["peak"] - found["gradients"]) / 2**20,

@@ -88,6 +88,29 @@ def generate_run(
     return run
 
 
+def continuous_run(policy: Any, prompts: list[list[int]], new_tokens: int, counts: list[int]) -> Callable:
+    """The same with transformers' continuous batching (one sample a prompt)."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=list(policy.eos_token_ids),
+        pad_token_id=0,
+        num_blocks=512,
+        max_batch_tokens=512,
+    )
+
+    def run() -> None:
+        out = policy.model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        counts.append(sum(len(o.generated_tokens) for o in out.values()))
+
+    return run
+
+
 def measure(name: str, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one policy."""
     from hdpo.policy import Policy, PolicyConfig
@@ -104,6 +127,13 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> list[dict[str,
         "generate-dynamic": generate_run(*work, counts["generate-dynamic"], None),
         "generate-static": generate_run(*work, counts["generate-static"], "static"),
     }
+    if args.continuous:
+        num_prompts, samples, new_tokens = 2, 1, 8
+        counts = {"hdpo": [], "generate-batch": []}
+        runs = {
+            "hdpo": engine_run(policy, prompts[:2], 1, 8, counts["hdpo"]),
+            "generate-batch": continuous_run(policy, prompts[:2], 8, counts["generate-batch"]),
+        }
     seconds = interleaved(runs, args.repeats)
     rates = {n: [c / s for c, s in zip(counts[n][1:], seconds[n], strict=True)] for n in runs}
     return [
@@ -127,6 +157,11 @@ def main() -> None:
     """Run the comparison, print a table and write JSON where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(WORK), nargs="+", default=["lab", "100m"], help="policies")
+    parser.add_argument(
+        "--continuous",
+        action="store_true",
+        help="transformers' continuous batching instead, on two prompts with 8 tokens: it takes seconds for these",
+    )
     add_arguments(parser)
     args = parser.parse_args()
     check_arguments(parser, args)

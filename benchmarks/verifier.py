@@ -3,18 +3,18 @@
     python benchmarks/verifier.py --num-answers 2000 --workers 1 2 --json verifier.json
 
 The answers are what a step grades: K rollouts a problem, a share of them equal, LaTeX of all kinds. "cold" includes the
-start of the workers, "warm" is the same call once more (nothing is remembered between calls but parsed references).
-"distinct" makes all answers different, so that grading equal pairs once saves nothing.
+start of the workers, "warm" does not, "remembered" is the same call once more. "distinct" makes all answers different,
+so that grading equal pairs once saves nothing. A seventh of the answers are plain integers, which need no worker.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
 import time
+from pathlib import Path
+
+from common import environment, report
 
 from hdpo.rewards import MathVerifier
 
@@ -77,8 +77,9 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=16, help="completions a problem (default: 16)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to try")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="file to write the results to")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     args = parser.parse_args()
+    env = environment()
 
     rows = []
     for data in ("rollouts", "distinct"):
@@ -86,22 +87,16 @@ def main() -> None:
         results = {"math-verify, one process": bare(*answers)}
         for workers in args.workers:
             with MathVerifier(num_workers=workers) as verifier:
-                for phase in ("cold", "warm"):
-                    results[f"MathVerifier, {workers} workers, {phase}"] = timed(verifier, *answers)
+                results[f"MathVerifier, {workers} workers, cold"] = timed(verifier, *answers)
+            with MathVerifier(num_workers=workers) as verifier:
+                verifier.start()
+                results[f"MathVerifier, {workers} workers, warm"] = timed(verifier, *answers)
+                results[f"MathVerifier, {workers} workers, remembered"] = timed(verifier, *answers)
         for method, (correct, seconds) in results.items():
             rate = args.num_answers / seconds
             rows.append({"data": data, "method": method, "correct": correct, "seconds": seconds, "answers_per_s": rate})
 
-    width = max(len(row["method"]) for row in rows)
-    print(f"{'data':<10} {'method':<{width}} {'correct':>8} {'seconds':>8} {'answers/s':>10}")
-    for row in rows:
-        print(
-            f"{row['data']:<10} {row['method']:<{width}} {row['correct']:>8} {row['seconds']:>8.2f} "
-            f"{row['answers_per_s']:>10.0f}"
-        )
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"cpus": os.cpu_count(), "python": platform.python_version(), "rows": rows}, file, indent=2)
+    report(rows, args, env)
 
 
 if __name__ == "__main__":
