@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLR
 from torch import Tensor, nn
 
 from hdpo.batching import Layout, TokenBatch
-from hdpo.distributed import all_max, all_sum, merged_means, no_gradient_sync, shard_policy, world_size
+from hdpo.distributed import all_max, all_sum, merged_means, no_gradient_sync, reshard, shard_policy, world_size
 from hdpo.experience import DistillationBatch, Experience, Sequences
 from hdpo.functional import (
     clipped_policy_loss,
@@ -294,6 +294,8 @@ class HDPOModule(LightningModule):
         batch.statistics.add("optim/lr", optimizer.param_groups[0]["lr"])
         cast(Any, self.lr_schedulers()).step()
         self.teacher.update(self.student)
+        if self.kl_coef > 0:
+            reshard(self.reference.policy(self.student))
         batch.statistics.add("time/update", time.perf_counter() - started)
         self._log_step(batch)
 

@@ -4,6 +4,11 @@ At a vocabulary of 151,936 the logits of 4,096 tokens take 2.3 GiB in float32, a
 of them. Everything HDPO needs of a position is a handful of numbers: the log-probability of the sampled token (policy
 gradient), or those of the teacher's top k (distillation). Both are ``logit - logsumexp(logits)``, so the output layer
 is applied to a chunk of positions at a time, reduced at once, and recomputed chunk by chunk in the backward pass.
+
+Why no library's kernel: Liger's fused losses are written in Triton, for GPUs only. torch's chunked
+``linear_cross_entropy`` (2.13) computes the gradient in the forward pass, for one weight common to all tokens, where a
+policy gradient has an advantage and a clip a token. TRL's chunked log-probabilities are private to its trainer, and
+take several times the memory (benchmarks/RESULTS.md). None gathers a teacher's top k.
 """
 
 from __future__ import annotations
