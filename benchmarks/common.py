@@ -120,20 +120,32 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
+def _status(name: str) -> int | None:
+    """A number of bytes in Linux's account of this process."""
+    try:
+        found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
 def resting_memory() -> int:
     """Start a new peak and return the bytes that are held now."""
     gc.collect()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts at what is held now
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
-    except (OSError, TypeError):
+    except OSError:
         return peak_memory()
+    return _status("VmRSS") or peak_memory()
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process since :func:`resting_memory` (elsewhere than on Linux: since its start)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Peak resident bytes of this process since :func:`resting_memory` (elsewhere than on Linux: since its start).
+
+    Not ``ru_maxrss``, where there is a choice: on Linux that also remembers the peak of the process that started it.
+    """
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return _status("VmHWM") or used
 
 
 def child(arguments: Sequence[str]) -> dict[str, Any]:

@@ -4,8 +4,11 @@
 
 Every hdpo step is ``python -m hdpo fit --config configs/lab.yaml`` with a learning rate of 0: the policy stays what it
 is, so that HDPO and GRPO see the same rollouts and the same cliffs in every step and differ by the distillation alone.
-The tiers of the problems set the cliff fraction. Short runs alternate (GRPO, HDPO, GRPO, ...); the first two steps of
-each are not counted. "step_s" is the time from the end of one step to the end of the next, loader and logging included.
+The tiers of the problems set the cliff fraction. Short runs alternate (GRPO, HDPO, HDPO, GRPO, ...); the first two
+steps of each are not counted. "step_s" is the time from the end of one step to the end of the next, loader and logging
+included. "over_grpo" is the median of the ratios of neighbouring runs; "over_grpo_common" gives both the same time for
+the rollouts, which are the same work, so that their noise does not pass for overhead.
+
 TRL trains on the same problems (all six tiers in turn) and policy with the same sizes; its reward function compares
 the last box as text, which costs next to nothing. Without TRL in the environment that part is left out.
 """
@@ -21,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +154,15 @@ def alternate(runs: dict[str, Callable[[int], list[Step]]], repeats: int) -> dic
     """Each run ``repeats`` times, in turn; the i-th runs of all have the same seed."""
     found: dict[str, list[list[Step]]] = {name: [] for name in runs}
     for turn in range(repeats):
-        for name, run in runs.items():
-            found[name].append(run(turn))
+        # A B, B A, A B, ...: whatever follows upon a run follows upon both.
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            found[name].append(runs[name](turn))
     return found
+
+
+def _common(step: Step) -> float:
+    """Seconds that HDPO and GRPO spend on the same work: the same rollouts of the same weights."""
+    return step.get("time/rollouts", 0.0)
 
 
 def _row(setting: str, method: str, runs: list[list[Step]], baseline: list[list[Step]]) -> dict[str, Any]:
@@ -164,6 +174,9 @@ def _row(setting: str, method: str, runs: list[list[Step]], baseline: list[list[
     for name in STATIONS:
         key = f"time/{name}"
         row[name] = statistics.fmean(s[key] for s in steps) if key in steps[0] else None
+    rest = [statistics.fmean(s["step"] - _common(s) for s in chain(*those)) for those in (runs, baseline)]
+    common = statistics.fmean(_common(s) for s in chain(*runs, *baseline))
+    row["over_grpo_common"] = (common + rest[0]) / (common + rest[1]) if method == "hdpo" else None
     totals = [sum(s["step"] for s in run) / len(run) for run in runs]
     others = [sum(s["step"] for s in run) / len(run) for run in baseline]
     row["over_grpo"] = statistics.median(a / b for a, b in zip(totals, others, strict=True))

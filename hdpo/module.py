@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,19 +15,11 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from hdpo.batching import Layout, TokenBatch
+from hdpo.batching import TokenBatch
 from hdpo.distributed import all_max, all_sum, merged_means, no_gradient_sync, reshard, shard_policy, world_size
-from hdpo.experience import DistillationBatch, Experience, Sequences
-from hdpo.functional import (
-    clipped_policy_loss,
-    k3_kl,
-    sampler_correction,
-    token_weights,
-    topk_forward_kl_from_logps,
-    topk_jsd_from_logps,
-    topk_reverse_kl_from_logps,
-)
+from hdpo.experience import Experience, Sequences
 from hdpo.functional.logprobs import SelectedLogProbs
+from hdpo.losses import DistillationLoss, PolicyLoss
 from hdpo.metrics import GreedyAccuracy, PassAtK
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
 from hdpo.policy_batch import PolicyBatch, Selection
@@ -163,16 +154,22 @@ class HDPOModule(LightningModule):
         self.policy_config = policy
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
         self.distillation_weight = distillation_weight
-        self.divergence, self.jsd_tail = divergence, jsd_tail
-        self.clip_eps_low, self.clip_eps_high = clip_eps_low, clip_eps_high
-        self.aggregation = aggregation
+        self.divergence = divergence
         self.kl_coef = kl_coef
         #: Which rollouts are put through the policy.
         self.policy_batch = Selection(
             advantage_scale, aggregation, mask_truncated, count_zero_variance, needs_all=kl_coef > 0
         )
-        self.sampler_correction = sampler_correction
-        self.sampler_correction_threshold = sampler_correction_threshold
+        self.policy_loss = PolicyLoss(
+            temperature,
+            aggregation,
+            clip_eps_low,
+            clip_eps_high,
+            kl_coef,
+            sampler_correction,
+            sampler_correction_threshold,
+        )
+        self.distillation_loss = DistillationLoss(divergence, jsd_tail)
         self.num_epochs, self.num_minibatches = num_epochs, num_minibatches
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens
@@ -351,8 +348,12 @@ class HDPOModule(LightningModule):
         (num_passes,) = all_max([len(packing.groups)], self.device)
         # Every rank adds its own counts: the merged statistic is then (global sum) / (global count).
         batch.statistics.add("loss/policy", 0.0, items.denominator)
+        reference = self.reference.policy(self.student) if self.kl_coef > 0 else None
         losses = [
-            _MicroBatch(partial(self._policy_loss, batch, items, group, packing.layout), 1.0 / max(denominator, 1.0))
+            _MicroBatch(
+                partial(self.policy_loss, self.student, reference, items, group, packing.layout, batch.statistics),
+                1.0 / max(denominator, 1.0),
+            )
             for group in packing.groups
         ]
         return losses + [_MicroBatch(self._empty_policy_loss, 1.0)] * (int(num_passes) - len(losses))
@@ -370,86 +371,12 @@ class HDPOModule(LightningModule):
         batch.statistics.add("loss/distillation", 0.0, items.num_tokens)
         weight = self.distillation_weight / max(denominator, 1.0)
         losses = [
-            _MicroBatch(partial(self._distillation_loss, batch, items, group, packing.layout), weight)
+            _MicroBatch(
+                partial(self.distillation_loss, self.student, items, group, packing.layout, batch.statistics), weight
+            )
             for group in packing.groups
         ]
         return losses + [_MicroBatch(self._empty_loss, 1.0)] * (int(num_passes) - len(losses))
-
-    def _policy_loss(self, batch: Experience, items: PolicyBatch, group: list[int], layout: Layout) -> Tensor:
-        """Sum (not mean) of the clipped surrogate over one micro-batch."""
-        tokens = TokenBatch.from_sequences(items.sequences.select(group), self.device, layout)
-        logps = cast(SelectedLogProbs, self.student(tokens, temperature=self.temperature)).logps[:, 0]
-        lengths = torch.tensor(tokens.lengths, device=self.device)
-        counts = items.counts[group].repeat_interleave(lengths)
-        weights = token_weights(lengths, self.aggregation) * counts
-        # With one update a batch the policy that sampled is the policy that is updated: the ratio is exp(0) = 1, its
-        # gradient is that of log pi, and no second forward pass is needed for the old log-probabilities.
-        old_logps = torch.cat([items.old_logps[i] for i in group]) if items.old_logps else logps.detach()
-        corrected = weights
-        if self.sampler_correction == "truncated":
-            corrected = weights * self._sampler_correction(batch, items, group, old_logps)
-        result = clipped_policy_loss(
-            logps,
-            old_logps,
-            items.advantages[group].repeat_interleave(lengths),
-            weights=corrected,
-            clip_eps_low=self.clip_eps_low,
-            clip_eps_high=self.clip_eps_high,
-        )
-        loss = result.loss_sum
-        stats = batch.statistics
-        stats.add("loss/policy", loss.detach(), 0.0)
-        if items.old_logps:
-            stats.add("loss/clip_fraction", result.num_clipped, float(result.num_tokens))
-            stats.add("loss/ratio", result.ratio_sum, float(result.num_tokens))
-        if self.kl_coef > 0:
-            with torch.no_grad():
-                reference = self.reference.policy(self.student)
-                ref_logps = cast(SelectedLogProbs, reference(tokens, temperature=self.temperature)).logps[:, 0]
-            kl = (k3_kl(logps, ref_logps) * weights).sum()
-            stats.add("loss/kl", kl.detach(), float(weights.sum()))
-            loss = loss + self.kl_coef * kl
-        return loss
-
-    def _sampler_correction(self, batch: Experience, items: PolicyBatch, group: list[int], old_logps: Tensor) -> Tensor:
-        """Truncated ratios policy / sampler of a micro-batch's tokens; measures them before they are truncated."""
-        lengths = [len(items.sampler_logps[i]) for i in group]
-        sampler = torch.cat([items.sampler_logps[i] for i in group]).to(old_logps)
-        threshold, counts = self.sampler_correction_threshold, items.counts[group]
-        differences = old_logps - sampler
-        by_sequence = torch.stack([part.sum() for part in differences.split(lengths)])
-        by_token = counts.repeat_interleave(torch.tensor(lengths, device=self.device))
-        for name, values, weights in (("token", differences, by_token), ("sequence", by_sequence, counts)):
-            ratios = sampler_correction(values, torch.zeros_like(values), math.inf)
-            num = float(weights.sum())
-            batch.statistics.add(f"sampler/{name}_ratio_mean", (ratios * weights).sum(), num)
-            batch.statistics.add(f"sampler/{name}_ratio_above", ((ratios > threshold) * weights).sum(), num)
-            batch.statistics.add(f"sampler/{name}_ratio_max", ratios.max())
-        return sampler_correction(old_logps, sampler, threshold)
-
-    def _distillation_loss(
-        self, batch: Experience, items: DistillationBatch, group: list[int], layout: Layout
-    ) -> Tensor:
-        """Sum (not mean) of the divergence over the completion tokens of one micro-batch (Algorithm 1, line 16)."""
-        tokens = TokenBatch.from_sequences(items.student.select(group), self.device, layout)
-        ids = torch.cat([items.topk_ids[i] for i in group]).to(self.device)
-        teacher = torch.cat([items.topk_logits[i] for i in group]).to(self.device).log_softmax(-1)
-        logps = cast(SelectedLogProbs, self.student(tokens, ids)).logps
-        match self.divergence:
-            case "jsd":
-                values = topk_jsd_from_logps(logps, teacher, tail=self.jsd_tail)
-            case "forward_kl":
-                values = topk_forward_kl_from_logps(logps, teacher)
-            case _:
-                values = topk_reverse_kl_from_logps(logps, teacher)
-        counts = torch.tensor([items.counts[i] for i in group], device=self.device)
-        counts = counts.repeat_interleave(torch.tensor(tokens.lengths, device=self.device))
-        total = (values * counts).sum()
-        stats = batch.statistics
-        stats.add("loss/distillation", total.detach(), 0.0)
-        mass = logps.detach().exp().sum(-1)
-        stats.add("privileged/student_mass", (mass * counts).sum(), float(counts.sum()))
-        return total
 
     def _empty_loss(self) -> Tensor:
         """A zero that is connected to every parameter, so that no rank waits for a gradient that never comes."""

@@ -119,8 +119,10 @@ class MathVerifier(Verifier):
                 results.append(requests.setdefault(("grade", answer, reference), len(requests)))
             else:
                 results.append(known)
-        batch = self._running().submit(list(requests)) if requests else Batch([])
-        return _MathGrades(self, batch, results)
+        pool = (
+            self._running()
+        )  # even without requests: workers take a while to start, and the next answers may need them
+        return _MathGrades(self, pool.submit(list(requests)) if requests else Batch([]), results)
 
     def _known(self, answer: str, reference: str) -> Verdict | None:
         """The verdict where no worker has to be asked."""

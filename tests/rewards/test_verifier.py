@@ -78,9 +78,9 @@ def test_equal_pairs_are_graded_once(verifier, monkeypatch):
     assert sent == [("grade", "5.5", "5.5"), ("grade", "6", "5.5"), ("grade", "5.5", "6")], "also in a second call"
 
 
-def test_plain_integers_need_no_worker(monkeypatch):
-    monkeypatch.setattr(WorkerPool, "__init__", None)
-    grades = MathVerifier().grade(boxed("5", "-5", "12"), ["5", "5", "12"])
+def test_plain_integers_need_no_worker(verifier, monkeypatch):
+    monkeypatch.setattr(WorkerPool, "submit", None)
+    grades = verifier.grade(boxed("5", "-5", "12"), ["5", "5", "12"])
     assert outcomes(grades) == ["correct", "wrong", "correct"]
 
 
