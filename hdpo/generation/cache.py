@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 __all__ = ["SlotCache"]
 
-#: Columns are added in steps of this factor: completions are mostly far shorter than their limit.
-_GROWTH = 1.5
+#: Columns beyond the prompt at first, and the factor by which they grow: completions are mostly far shorter than their
+#: limit.
+_SPARE, _GROWTH = 64, 1.5
 
 
 class _SlotLayer(DynamicLayer):
@@ -78,7 +79,7 @@ class SlotCache(Cache):
     def __init__(self, num_layers: int, width: int, limit: int) -> None:
         super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
         self.used, self.limit = width, limit
-        self.capacity = min(limit, int(width * _GROWTH) + 64)
+        self.capacity = min(limit, width + _SPARE)
         self.cells: Tensor | None = None
 
     def write_at(self, positions: Tensor, num_columns: int) -> None:

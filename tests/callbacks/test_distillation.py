@@ -99,6 +99,10 @@ def test_a_buffer_that_lives_three_steps_and_is_restored(scored, module, trainer
     third.finish_distillation = None
     refresh(station, trainer, module, third)
     assert third.distillation is None
+    trainer.global_step = 10
+    third.finish_distillation = None
+    refresh(station, trainer, module, third)
+    assert third.distillation is None, "the buffer was refreshed with nothing"
 
 
 def test_a_divergence_at_its_maximum_warns_once(scored, module, trainer):

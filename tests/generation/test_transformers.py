@@ -101,6 +101,15 @@ def test_a_sample_depends_on_nothing_else_in_the_batch(policy, prompts, max_sequ
     assert alone[0][0] == together[2][1]
 
 
+def test_a_cache_that_grows_keeps_what_it_holds(policy, prompts, monkeypatch):
+    sampling = SamplingConfig(max_new_tokens=14, temperature=1.0, eos_token_ids=(EOS,))
+    expected = TransformersEngine().generate(policy, prompts, seeds_for(6, 3), sampling)
+    monkeypatch.setattr("hdpo.generation.cache._SPARE", 1)
+    grown = TransformersEngine().generate(policy, prompts, seeds_for(6, 3), sampling)
+    assert grown.token_lists() == expected.token_lists()
+    torch.testing.assert_close(grown.logps, expected.logps, rtol=0, atol=1e-6)
+
+
 def test_masks_stop_reasons_and_padding(policy, prompts):
     sampling = SamplingConfig(max_new_tokens=14, temperature=1.0, eos_token_ids=(EOS, 5, 9))
     out = TransformersEngine().generate(policy, prompts, seeds_for(6, 8), sampling)
