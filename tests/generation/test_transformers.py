@@ -39,6 +39,8 @@ def build(kind):
             return Qwen2ForCausalLM(Qwen2Config(**SIZES))
         case "qwen2-tied":
             return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True))
+        case "qwen2-eager":
+            return Qwen2ForCausalLM(Qwen2Config(**SIZES, attn_implementation="eager"))
         case "qwen3":
             return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8))
         case "llama":
@@ -48,7 +50,7 @@ def build(kind):
     raise AssertionError(kind)
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen2-tied", "qwen3", "llama", "mistral-sliding"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen2-eager", "qwen2-tied", "qwen3", "llama", "mistral-sliding"])
 def policy(request):
     return Policy(build(request.param))
 
