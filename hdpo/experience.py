@@ -219,6 +219,7 @@ class DistillationBatch:
         student: contexts WITHOUT ground truth, with the kept completions.
         privileged: contexts WITH ground truth, with the same completions.
         counts: how many times each was kept; equal rollouts are read once.
+        index: position of each one's prompt in the GLOBAL batch that it was sampled for.
         topk_ids: per sequence, the teacher's k most likely tokens at each completion position, ``[length, k]`` int32.
         topk_logits: per sequence, their logits, ``[length, k]`` float32, on the same positions.
     """
@@ -226,18 +227,23 @@ class DistillationBatch:
     student: Sequences
     privileged: Sequences
     counts: list[int]
+    index: list[int]
     topk_ids: list[Tensor] = field(default_factory=list)
     topk_logits: list[Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.student.completion_ids)
 
-    def select(self, part: slice) -> DistillationBatch:
-        """Return a share of the rollouts."""
-        student, privileged = (
-            Sequences(s.prompt_ids[part], s.completion_ids[part]) for s in (self.student, self.privileged)
+    def select(self, indices: Sequence[int]) -> DistillationBatch:
+        """Return the rollouts at ``indices``."""
+        return DistillationBatch(
+            self.student.select(indices),
+            self.privileged.select(indices),
+            [self.counts[i] for i in indices],
+            [self.index[i] for i in indices],
+            [self.topk_ids[i] for i in indices],
+            [self.topk_logits[i] for i in indices],
         )
-        return DistillationBatch(student, privileged, self.counts[part], self.topk_ids[part], self.topk_logits[part])
 
     @property
     def num_tokens(self) -> int:

@@ -55,11 +55,6 @@ class _MicroBatch(NamedTuple):
     scale: float
 
 
-def _share(num: int, part: int, num_parts: int) -> slice:
-    """The ``part``-th of ``num_parts`` nearly equal shares of ``num`` items."""
-    return slice(num * part // num_parts, num * (part + 1) // num_parts)
-
-
 class HDPOModule(LightningModule):
     """Owns the policy, the teacher, the engine, the verifier, the metrics and the combined loss.
 
@@ -273,7 +268,7 @@ class HDPOModule(LightningModule):
         optimizer = cast(LightningOptimizer, self.optimizers())
         num_updates = self.num_epochs * self.num_minibatches
         parts = [
-            self.policy_batch(batch, _share(len(batch), part, self.num_minibatches))
+            self.policy_batch(batch, self._members(batch.prompts.index.tolist(), part))
             for part in range(self.num_minibatches)
         ]
         if num_updates > 1:
@@ -299,6 +294,13 @@ class HDPOModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Experience, batch_idx: int) -> None:
         """Free the gradients, after the callbacks have seen them: the next rollouts need their memory."""
         cast(torch.optim.Optimizer, self.optimizers()).zero_grad()
+
+    def _members(self, index: Sequence[int], part: int) -> list[int]:
+        """Which prompts (or rollouts of prompts) belong to a minibatch, by their positions in the GLOBAL batch.
+
+        So minibatches hold the same prompts on any number of ranks, and about equally many of each rank.
+        """
+        return [position for position, i in enumerate(index) if i % self.num_minibatches == part]
 
     def _old_logps(self, items: PolicyBatch) -> list[Tensor]:
         """Log-probabilities under the weights before the first of several updates."""
@@ -364,7 +366,7 @@ class HDPOModule(LightningModule):
         if items is None or self.distillation_weight == 0:
             return []
         if self.num_minibatches > 1:
-            items = items.select(_share(len(items), part, self.num_minibatches))
+            items = items.select(self._members(items.index, part))
         packing = self.student.pack(items.student, self.micro_batch_tokens)
         (denominator,) = all_sum([items.num_tokens], self.device)
         (num_passes,) = all_max([len(packing.groups)], self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,12 +59,13 @@ class Selection:
     count_zero_variance: bool = True
     needs_all: bool = False
 
-    def __call__(self, batch: Experience, part: slice = slice(None)) -> PolicyBatch:
-        """Select from the prompts ``part`` of a batch whose rollouts are scored."""
+    def __call__(self, batch: Experience, part: Sequence[int] | None = None) -> PolicyBatch:
+        """Select from a batch whose rollouts are scored, or from the prompts at the positions ``part`` of it."""
         rollouts = batch.rollouts
         assert rollouts is not None, "RolloutGeneration completes the experience first"
-        rewards, masks = rollouts.rewards[part], rollouts.completion_mask[part]
-        truncated, prompt_ids = rollouts.truncated[part], batch.prompts.prompt_ids[part]
+        chosen = list(range(len(batch)) if part is None else part)
+        rewards, masks = rollouts.rewards[chosen], rollouts.completion_mask[chosen]
+        truncated, prompt_ids = rollouts.truncated[chosen], [batch.prompts.prompt_ids[i] for i in chosen]
         advantages = group_advantages(rewards, scale=self.advantage_scale)
         counted = torch.ones_like(truncated)
         if self.mask_truncated:
@@ -74,7 +76,7 @@ class Selection:
         rows, columns = needed.nonzero(as_tuple=True)
         lengths = masks.sum(-1)
         cut = lengths[rows, columns].tolist()
-        ids = [x[:n] for x, n in zip(rollouts.completion_ids[part][rows, columns].tolist(), cut, strict=True)]
+        ids = [x[:n] for x, n in zip(rollouts.completion_ids[chosen][rows, columns].tolist(), cut, strict=True)]
         values = advantages[rows, columns]
         first, counts = merge_equal(
             [
@@ -82,7 +84,7 @@ class Selection:
                 for row, value, completion in zip(rows.tolist(), values.tolist(), ids, strict=True)
             ]
         )
-        logps = rollouts.sampler_logps[part][rows[first], columns[first]]
+        logps = rollouts.sampler_logps[chosen][rows[first], columns[first]]
         return PolicyBatch(
             Sequences([prompt_ids[i] for i in rows[first].tolist()], [ids[i] for i in first]),
             values[first],

@@ -332,7 +332,7 @@ def test_several_updates_a_batch_equal_ppo_written_out(tmp_path):
         old = {(b, k): logps(b, k) for b in range(num_prompts) for k in range(num_rollouts)}
     clipped = 0
     for update in range(4):
-        half = range(num_prompts // 2) if update % 2 == 0 else range(num_prompts // 2, num_prompts)
+        half = range(update % 2, num_prompts, 2)
         total, tokens = torch.zeros((), dtype=torch.float64), 0
         for b in half:
             rewards = rollouts.rewards[b].double()

@@ -62,7 +62,7 @@ def test_what_is_left_out_and_what_counts():
 
 def test_a_part_of_the_prompts():
     batch = experience([[0.0] * 4, [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
-    part = Selection()(batch, slice(1, 2))
+    part = Selection()(batch, [1])
     assert part.sequences.prompt_ids == [[21]] * 4
     assert part.denominator == 11
     assert [x.tolist() for x in part.sampler_logps[:1]] == [[-12.0, -13.0, -14.0]]

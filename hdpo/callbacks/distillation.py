@@ -25,8 +25,9 @@ from hdpo.teacher import teacher_topk
 
 __all__ = ["DistillationRefresh"]
 
-# The buffer holds plain containers: (student context, privileged context, completion), all token ids.
-_Entry = tuple[list[int], list[int], list[int]]
+# The buffer holds plain containers: (student context, privileged context, completion), all token ids, and the prompt's
+# position in the global batch.
+_Entry = tuple[list[int], list[int], list[int], int]
 
 
 class DistillationRefresh(Callback):
@@ -161,7 +162,8 @@ class DistillationRefresh(Callback):
         for j, i in enumerate(chosen):
             batch.privileged_texts[i] = list(zip(rollouts.texts[j], rollouts.outcomes[j], strict=True))
             kept = [s for s in range(self.num_privileged) if rollouts.rewards[j, s] >= self.success_reward]
-            entries += [(prompts.prompt_ids[i], prompts.privileged_ids[i], ids[j][s]) for s in kept]
+            index = int(prompts.index[i])
+            entries += [(prompts.prompt_ids[i], prompts.privileged_ids[i], ids[j][s], index) for s in kept]
             kept_texts += [rollouts.texts[j][s] for s in kept]
             kept_solutions += [prompts.solution[i]] * len(kept)
             stats.add("privileged/pass_rate", len(kept), self.num_privileged)
@@ -174,11 +176,11 @@ class DistillationRefresh(Callback):
 
     def _with_teacher(self, trainer: Any, module: Any, batch: Experience) -> DistillationBatch | None:
         """Let the teacher read the buffer; None where no rank has anything to distil."""
-        first, counts = merge_equal([(*map(tuple, entry),) for entry in self._buffer])
+        first, counts = merge_equal([(*map(tuple, ids), index) for *ids, index in self._buffer])
         entries = [self._buffer[i] for i in first]
         student = Sequences([e[0] for e in entries], [e[2] for e in entries])
         privileged = Sequences([e[1] for e in entries], [e[2] for e in entries])
-        items = DistillationBatch(student, privileged, counts)
+        items = DistillationBatch(student, privileged, counts, [e[3] for e in entries])
         batch.statistics.add("privileged/tokens", items.num_tokens, None)
         teacher, budget = module.teacher.policy(module.student), module.micro_batch_tokens
         num_passes = int(all_max([len(teacher.pack(privileged, budget).groups)], module.device)[0])
@@ -216,7 +218,7 @@ class DistillationRefresh(Callback):
         buffers = state_dict.get("buffers", [])
         if len(buffers) == world_size():
             rank = torch.distributed.get_rank() if world_size() > 1 else 0
-            self._buffer = [(list(a), list(b), list(c)) for a, b, c in buffers[rank]]
+            self._buffer = [(list(a), list(b), list(c), int(i)) for a, b, c, i in buffers[rank]]
         elif buffers:
             rank_zero_warn(
                 f"the checkpoint's distillation buffer was filled by {len(buffers)} processes and cannot be split over "

@@ -26,6 +26,14 @@ SCENARIOS = [
         "patterns": ["CCMMSM", "MCSSSS", None],
         "distillation": KEEP_ALL,
     },
+    # Two epochs of two minibatches: four updates a step.
+    {
+        "name": "updates",
+        "folder": "updates",
+        "steps": 2,
+        "module": {"num_epochs": 2, "num_minibatches": 2},
+        "distillation": KEEP_ALL,
+    },
     # Cliffs, but no privileged rollout passes.
     {"name": "nothing", "folder": "nothing", "steps": 2, "distillation": {"success_reward": 2.0}},
 ]
@@ -65,8 +73,8 @@ def test_rollouts_parameters_and_metrics_do_not_depend_on_the_number_of_processe
     out, world = several
     (expected,) = results(single, name, 1)
     ranks = results(out, name, world)
-    # Three steps: later the weights differ in their last bits, a sample flips, and the runs are two runs.
-    for number, step in enumerate(expected["steps"][:3]):
+    # Three steps (or four updates): later the weights differ in their last bits, a sample flips, and the runs are two runs.
+    for number, step in enumerate(expected["steps"][: 1 if name == "updates" else 3]):
         parts = [rank["steps"][number] for rank in ranks]
         for key in ("index", "rows", "rollouts", "cliffs", "distilled"):
             assert [x for part in parts for x in part[key]] == step[key], (number, key)
@@ -129,6 +137,8 @@ def test_gradients_are_averaged_once_a_step_after_the_same_number_of_passes(seve
         assert [part["syncs"] for part in parts] == [1] * world
         assert len({part["backwards"] for part in parts}) == 1
     assert max(part["backwards"] for part in ranks[0]) > 2
+    updates = [rank["steps"] for rank in results(out, "updates", world)]
+    assert [[step["syncs"] for step in steps] for steps in updates] == [[4, 4]] * world
 
 
 def test_one_process_that_is_asked_to_end_saves_and_ends_with_the_others(several):
