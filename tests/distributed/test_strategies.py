@@ -73,7 +73,7 @@ def test_rollouts_parameters_and_metrics_do_not_depend_on_the_number_of_processe
     out, world = several
     (expected,) = results(single, name, 1)
     ranks = results(out, name, world)
-    # Three steps (or four updates): later the weights differ in their last bits, a sample flips, and the runs are two runs.
+    # Three steps (or four updates): later the last bits of the weights differ, a sample flips, and the runs are two.
     for number, step in enumerate(expected["steps"][: 1 if name == "updates" else 3]):
         parts = [rank["steps"][number] for rank in ranks]
         for key in ("index", "rows", "rollouts", "cliffs", "distilled"):
