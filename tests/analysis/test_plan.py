@@ -26,7 +26,7 @@ def complete(*extra):
 def test_the_papers_configuration_is_the_default_workload():
     config = complete()
     assert workload_of(config) == Workload()
-    assert setup_of(config, None, 80 * GIB) == Setup()
+    assert setup_of(config, None, 80 * GIB) == Setup(max_sequences=256)
 
 
 def test_overlays_and_keys_move_the_plan():
