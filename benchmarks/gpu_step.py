@@ -122,7 +122,7 @@ def _await() -> None:
 
 def _await_teacher(batch: Experience) -> None:
     """Where the teacher reads inside the update, while privileged answers are graded, await its work there."""
-    finish = getattr(batch, "finish_distillation", None)
+    finish = batch.finish_distillation
     if finish is None:
         return
 
@@ -154,15 +154,12 @@ class Watch(Callback):
         self.steps, self.sampled, self.shape, self.last = steps, sampled, shape, last
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int) -> None:
-        """Start the step's clock, or await the teacher and start the update's memory."""
-        started = time.perf_counter()
+        """Start the step's clock, or the update's memory."""
         _await()
         if self.last:
             step = self.steps[-1]
             step["before"] = time.perf_counter() - step["started"]
             step["peak_before"] = _peak()
-            if batch.distillation is not None:
-                batch.statistics.add("time/teacher", time.perf_counter() - started, 0.0)
             _await_teacher(batch)
         else:
             self.sampled.clear()
@@ -295,7 +292,8 @@ def planned(args: argparse.Namespace) -> dict[str, float]:
     parts = memory(SHAPES[args.shape], work, Setup(memory=total, engine=args.engine, max_sequences=args.max_sequences))
     parts.pop("overhead")
     sums = {phase: sum(values[phase] for values in parts.values()) / GIB for phase in parts["weights"]}
-    before, update = max(sums["rollouts"], sums["teacher"]), max(sums["update"], sums["optimizer"])
+    # The teacher reads inside the update.
+    before, update = sums["rollouts"], max(sums["teacher"], sums["update"], sums["optimizer"])
     return {"rollouts": before, "update": update, "step": max(before, update)}
 
 

@@ -20,14 +20,17 @@ from transformers.masking_utils import sdpa_mask
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PrefixCache", "attention_kinds", "attention_masks", "grouped_attention"]
+__all__ = ["MASKED_KINDS", "PrefixCache", "attention_kinds", "attention_masks", "grouped_attention"]
+
+#: The kinds of layers that :func:`attention_masks` can say everything about.
+MASKED_KINDS = frozenset({"full_attention", "sliding_attention"})
 
 #: With more queries than this a head, the mask copied to every query head would cost more than the keys do.
 _FOLDED_QUERIES = 512
 
 
 def attention_kinds(model: PreTrainedModel) -> list[str]:
-    """What each layer attends to; ``full_attention`` and ``sliding_attention`` are the kinds that masks exist for."""
+    """What each layer attends to; masks exist for :data:`MASKED_KINDS`."""
     config = model.config.get_text_config()
     kinds = list(getattr(config, "layer_types", None) or [])
     if not kinds:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hdpo.experience import Sequences
 
-__all__ = ["Layout", "Packing", "Prefixes", "TokenBatch", "micro_batches", "pack"]
+__all__ = ["Layout", "Packing", "Prefixes", "TokenBatch", "pack"]
 
 Layout = Literal["padded", "packed", "shared"]
 
@@ -165,39 +165,19 @@ class _Group:
 
 
 def _fill(
-    order: Sequence[int], lengths: Sequence[int], budget: int, prompts: Sequence[tuple[int, int]] | None, padded: bool
-) -> tuple[list[list[int]], int]:
-    """Take sequences in order, and begin a new group where the next would exceed the budget."""
+    order: Sequence[int], lengths: Sequence[int], budget: int, prompts: Sequence[tuple[int, int]] | None, layout: Layout
+) -> Packing:
+    """Take sequences in order, and begin a new group where the next would exceed the budget.
+
+    One that alone exceeds the budget gets a group of its own.
+    """
     groups: list[_Group] = []
     for i in order:
         item = (lengths[i], *(prompts[i] if prompts is not None else (None, 0)))
         if not groups or groups[-1].cost_with(*item) > budget:
-            groups.append(_Group(padded))
+            groups.append(_Group(padded=layout != "packed"))
         groups[-1].add(i, *item)
-    return [g.indices for g in groups], sum(g.cost for g in groups)
-
-
-def micro_batches(lengths: Sequence[int], token_budget: int, *, padded: bool = True) -> list[list[int]]:
-    """Group sequences into micro-batches of at most ``token_budget`` tokens.
-
-    Sequences are taken from the longest to the shortest, so that neighbours are of similar length. One that alone
-    exceeds the budget gets a micro-batch of its own.
-
-    Args:
-        lengths: number of tokens of each sequence.
-        token_budget: bound on the tokens of a micro-batch.
-        padded: whether padding counts, that is (sequences x longest); else the sum of the lengths.
-
-    Returns:
-        Indices into ``lengths``; each occurs exactly once.
-
-    Example:
-        >>> micro_batches([3, 9, 4, 2], token_budget=10)
-        [[1], [2, 0], [3]]
-        >>> micro_batches([3, 9, 4, 2], token_budget=10, padded=False)
-        [[1], [2, 0, 3]]
-    """
-    return _fill(_by_length(lengths), lengths, token_budget, None, padded)[0]
+    return Packing([g.indices for g in groups], layout, sum(g.cost for g in groups))
 
 
 def _by_length(lengths: Sequence[int]) -> list[int]:
@@ -229,9 +209,9 @@ def pack(sequences: Sequences, token_budget: int, layouts: Sequence[Layout] = ("
 
 
 def _packings(sequences: Sequences, budget: int, layout: Layout) -> list[Packing]:
-    lengths = sequences.lengths()
     if layout != "shared":
-        return [Packing(*_with_layout(_fill(_by_length(lengths), lengths, budget, None, layout == "padded"), layout))]
+        lengths = sequences.lengths()
+        return [_fill(_by_length(lengths), lengths, budget, None, layout)]
     number: dict[tuple[int, ...], int] = {}
     prompts = [(number.setdefault(tuple(p), len(number)), len(p)) for p in sequences.prompt_ids]
     rest = [len(c) - 1 for c in sequences.completion_ids]
@@ -243,8 +223,4 @@ def _packings(sequences: Sequences, budget: int, layout: Layout) -> list[Packing
         _by_length(rest),
         sorted(range(len(rest)), key=lambda i: (-longest[prompts[i][0]], prompts[i][0], -rest[i])),
     )
-    return [Packing(*_with_layout(_fill(order, rest, budget, prompts, True), layout)) for order in orders]
-
-
-def _with_layout(filled: tuple[list[list[int]], int], layout: Layout) -> tuple[list[list[int]], Layout, int]:
-    return filled[0], layout, filled[1]
+    return [_fill(order, rest, budget, prompts, layout) for order in orders]

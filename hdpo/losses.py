@@ -28,11 +28,11 @@ from hdpo.functional.policy_loss import Aggregation
 from hdpo.policy import Policy
 from hdpo.policy_batch import PolicyBatch
 
-__all__ = ["DistillationLoss", "PolicyLoss"]
+__all__ = ["DistillationTerm", "PolicyTerm"]
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
+class PolicyTerm:
     """The clipped surrogate of GRPO (Algorithm 1, line 4), and two options that the paper leaves off.
 
     Attributes:
@@ -124,7 +124,7 @@ class PolicyLoss:
 
 
 @dataclass(frozen=True)
-class DistillationLoss:
+class DistillationTerm:
     """The divergence between the teacher's truncated and the student's full distribution (Algorithm 1, line 16).
 
     Attributes:
@@ -138,7 +138,7 @@ class DistillationLoss:
     def __call__(
         self, student: Policy, items: DistillationBatch, group: list[int], layout: Layout, stats: Statistics
     ) -> Tensor:
-        """Sum (not mean) over the completion tokens of one micro-batch; arguments as in :class:`PolicyLoss`."""
+        """Sum (not mean) over the completion tokens of one micro-batch; arguments as in :class:`PolicyTerm`."""
         tokens = TokenBatch.from_sequences(items.student.select(group), student.device, layout)
         ids = torch.cat([items.topk_ids[i] for i in group]).to(student.device)
         teacher = torch.cat([items.topk_logits[i] for i in group]).to(student.device).log_softmax(-1)

@@ -19,7 +19,7 @@ from hdpo.batching import TokenBatch
 from hdpo.distributed import all_max, all_sum, merged_means, no_gradient_sync, reshard, shard_policy, world_size
 from hdpo.experience import Experience, Sequences
 from hdpo.functional.logprobs import SelectedLogProbs
-from hdpo.losses import DistillationLoss, PolicyLoss
+from hdpo.losses import DistillationTerm, PolicyTerm
 from hdpo.metrics import GreedyAccuracy, PassAtK
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
 from hdpo.policy_batch import PolicyBatch, Selection
@@ -58,7 +58,7 @@ class _MicroBatch(NamedTuple):
 class HDPOModule(LightningModule):
     """Owns the policy, the teacher, the engine, the verifier, the metrics and the combined loss.
 
-    One loader batch is one optimizer step, whatever the number of micro-batches and ranks. Losses are sums divided by
+    One loader batch is one step, whatever the number of updates, micro-batches and ranks. Losses are sums divided by
     denominators that are global over micro-batches and ranks, so that the update does not depend on how the work is
     split. With ``distillation_weight`` 0 this IS the GRPO baseline: the same code, and no privileged work at all.
 
@@ -67,7 +67,7 @@ class HDPOModule(LightningModule):
         engine: samples the completions; default the transformers engine, which uses the policy's own weights.
         verifier: grades final answers; default math-verify in worker processes.
         optimizer: from YAML; default AdamW as in the paper's Table 2.
-        lr_scheduler: from YAML, stepped once an optimizer step; default linear warm-up, then constant (Table 2).
+        lr_scheduler: from YAML, stepped once a step; default linear warm-up, then constant (Table 2).
         distillation_weight: lambda, the weight of the distillation loss; 0 is GRPO.
         teacher: whose distribution is distilled: ``drifting`` (current weights), ``frozen`` (initial) or ``ema``.
         teacher_decay: decay of the ``ema`` teacher, per step.
@@ -155,7 +155,7 @@ class HDPOModule(LightningModule):
         self.policy_batch = Selection(
             advantage_scale, aggregation, mask_truncated, count_zero_variance, needs_all=kl_coef > 0
         )
-        self.policy_loss = PolicyLoss(
+        self.policy_loss = PolicyTerm(
             temperature,
             aggregation,
             clip_eps_low,
@@ -164,7 +164,7 @@ class HDPOModule(LightningModule):
             sampler_correction,
             sampler_correction_threshold,
         )
-        self.distillation_loss = DistillationLoss(divergence, jsd_tail)
+        self.distillation_loss = DistillationTerm(divergence, jsd_tail)
         self.num_epochs, self.num_minibatches = num_epochs, num_minibatches
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens

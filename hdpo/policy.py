@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from hdpo.attention import PrefixCache, attention_kinds, attention_masks, grouped_attention
+from hdpo.attention import MASKED_KINDS, PrefixCache, attention_kinds, attention_masks, grouped_attention
 from hdpo.batching import Packing, TokenBatch, pack
 from hdpo.experience import Sequences
 from hdpo.functional.logprobs import CHUNK_ELEMENTS, SelectedLogProbs, selected_logps, topk_logits
@@ -176,7 +176,7 @@ class Policy(nn.Module):
         # ranks would have to agree on the layout.
         if self.model.is_gradient_checkpointing or any(hasattr(p, "device_mesh") for p in self.parameters()):
             return False
-        return set(attention_kinds(self.model)) <= {"full_attention", "sliding_attention"}
+        return set(attention_kinds(self.model)) <= MASKED_KINDS
 
     def _hidden(self, batch: TokenBatch) -> Tensor:
         """Hidden states ``[M, H]`` that predict the completion tokens; all others never meet the output layer."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hdpo.batching import Packing, TokenBatch, micro_batches, pack
+from hdpo.batching import Packing, TokenBatch, pack
 from hdpo.experience import Sequences, merge_equal
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def test_shared_prompts_are_chosen_where_they_save_tokens(groups):
 
 def test_a_small_budget_keeps_the_rollouts_of_a_prompt_together(groups):
     # Sorted by length alone, every micro-batch would read all the prompts anew.
-    by_length = micro_batches([len(c) - 1 for c in groups.completion_ids], 400)
+    by_length = pack(Sequences([[]] * 96, [c[1:] for c in groups.completion_ids]), 400).groups
     alone = sum(cost(groups, g, "shared") for g in by_length)
     assert pack(groups, 400, ("shared",)).num_tokens < 0.9 * alone
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdpo.attention import attention_kinds, attention_masks, grouped_attention
+from hdpo.attention import MASKED_KINDS, attention_kinds, attention_masks, grouped_attention
 from hdpo.distributed import gathered_parameters
 from hdpo.experience import Completions
 from hdpo.functional.random import uniform
@@ -149,7 +149,7 @@ class _Wave:
     ) -> None:
         self.policy, self.sampling, self.compaction, self.out = policy, sampling, compaction, out
         kinds = attention_kinds(policy.model)
-        unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        unknown = sorted(set(kinds) - MASKED_KINDS)
         if unknown:
             raise ValueError(
                 f"the transformers engine cannot decode a {policy.model.config.model_type} with layers of kind "
