@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-vllm bench lint format clean
+.PHONY: help install demo test test-slow test-vllm test-oldest mutants bench lint format clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,20 @@ test-slow: $(READY) ## The slow tests
 test-vllm: .venv-vllm/.ready ## The vLLM engine's tests, in an environment of its own
 	@echo "== vLLM tests"
 	.venv-vllm/bin/python -m pytest -q -m vllm tests/generation
+
+.venv-oldest/.ready: pyproject.toml
+	@echo "== creating .venv-oldest with the oldest versions that pyproject.toml allows"
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct -e '.[test]'
+	@touch $@
+
+test-oldest: .venv-oldest/.ready ## The fast tests with the oldest versions that pyproject.toml allows
+	@echo "== tests with the oldest versions"
+	.venv-oldest/bin/python -m pytest -q -m "not slow and not vllm"
+
+mutants: $(READY) ## Break the code on purpose, one change at a time, and see which breaks no test notices (hours)
+	$(BIN)/python -m tests.mutations
 
 .venv-trl/.ready: pyproject.toml .ci/constraints.txt benchmarks/constraints-trl.txt
 	@echo "== creating .venv-trl: what the benchmarks compare with"

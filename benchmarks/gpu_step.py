@@ -14,7 +14,7 @@ are sampled ones (rollouts, privileged), those read (teacher), or those that go 
 the update's model FLOPs: 6 a parameter and token, the output layer at completion tokens alone, recomputation and
 attention's quadratic part not counted; "mfu" is that over seconds and the GPU's dense 16-bit peak. "peak_GiB" is what
 torch allocated at most before the update (row rollouts), in it (update) and in all (step); on a CPU the resident
-memory. vLLM's own pool may not be in it. "plan_GiB" is what `python -m hdpo plan` computes for it, less its overhead.
+memory. vLLM's own pool may not be in it. "plan_GiB" is what `python -m hdpo plan` computes, without its overhead.
 """
 
 from __future__ import annotations
@@ -32,18 +32,24 @@ from typing import Any
 import torch
 import transformers
 from common import LAB, add_arguments, check_arguments, environment, peak_memory, report, resting_memory
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hdpo.analysis.cost import GIB, SHAPES, Setup, Shape, Workload, memory, update_flops
-from hdpo.callbacks import CliffDetection, DistillationRefresh, RolloutGeneration
+from hdpo.callbacks import DistillationRefresh, RolloutGeneration, Station
+from hdpo.commands.memory import GIB, Shape, memory
+from hdpo.commands.plan import policy_config
+from hdpo.commands.run import read_config
 from hdpo.experience import Experience, Prompts
-from hdpo.module import HDPOModule, LinearWarmup
-from hdpo.paths import resolve_path
+from hdpo.files import resolve_path
+from hdpo.losses import UpdateConfig
+from hdpo.losses.selection import select_rollouts
+from hdpo.module import HDPOModule
+from hdpo.optim import LinearWarmup
 from hdpo.policy import PolicyConfig
 from hdpo.rewards import Grade, Outcome, Verifier
 
 STATIONS = ("rollouts", "scoring", "privileged", "teacher", "update")
+SHAPES = ("toy", "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B")
 #: Dense 16-bit TFLOP/s by a part of the GPU's name, from the data sheets.
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0}
 
@@ -55,7 +61,7 @@ class ScriptedVerifier(Verifier):
         self.num_generations = num_generations
         self.seen: dict[str, int] = {}
 
-    def grade(self, completions: Sequence[str], references: Sequence[str]) -> list[Grade]:
+    def grade(self, completions: Sequence[str], references: Sequence[str], **columns: Any) -> list[Grade]:
         """A cliff's first K completions are wrong; of all others every second one."""
         grades = []
         for reference in references:
@@ -65,27 +71,33 @@ class ScriptedVerifier(Verifier):
             grades.append(Grade(Outcome.WRONG, 0.0) if fails else Grade(Outcome.CORRECT, 1.0))
         return grades
 
-    def parseable(self, references: Sequence[str]) -> list[bool]:
+    def usable(self, references: Sequence[str | None], **columns: Any) -> list[bool]:
         """All are."""
         return [True] * len(references)
 
 
+def architecture(name: str) -> Any:
+    """The policy's architecture."""
+    if name != "toy":
+        return policy_config(f"Qwen/{name}")
+    return Qwen2Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+
+
 def write_policy(folder: Path, args: argparse.Namespace) -> None:
     """A random policy of the shape, with the laboratory's tokenizer, which nothing here reads."""
-    shape = SHAPES[args.shape]
+    config = architecture(args.shape)
     generator = torch.Generator().manual_seed(0)
-    num_ends = max(1, round(shape.vocab_size / args.mean_tokens))
-    config = Qwen2Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        intermediate_size=shape.intermediate_size,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=args.privileged_tokens + args.prompt_tokens + args.new_tokens,
-        eos_token_id=torch.randperm(shape.vocab_size, generator=generator)[:num_ends].tolist(),
-    )
+    num_ends = max(1, round(config.vocab_size / args.mean_tokens))
+    config.max_position_embeddings = args.privileged_tokens + args.prompt_tokens + args.new_tokens
+    config.eos_token_id = torch.randperm(config.vocab_size, generator=generator)[:num_ends].tolist()
     shutil.copytree(resolve_path(LAB), folder, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
     shutil.copy(Path(resolve_path(LAB)) / "tokenizer_config.json", folder)
     torch.manual_seed(0)
@@ -97,10 +109,10 @@ def write_policy(folder: Path, args: argparse.Namespace) -> None:
 def batches(args: argparse.Namespace) -> list[Experience]:
     """One batch a step, as the data module would yield it."""
     generator = torch.Generator().manual_seed(1)
-    num_cliffs = round(args.cliffs * args.prompts)
+    num_cliffs, vocab_size = round(args.cliffs * args.prompts), architecture(args.shape).vocab_size
 
     def tokens(length: int) -> list[int]:
-        return torch.randint(SHAPES[args.shape].vocab_size, (length,), generator=generator).tolist()
+        return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
     found = []
     for step in range(args.repeats + 1):
@@ -120,67 +132,65 @@ def _await() -> None:
         torch.cuda.synchronize()
 
 
-def _await_teacher(batch: Experience) -> None:
-    """Where the teacher reads inside the update, while privileged answers are graded, await its work there."""
-    finish = batch.finish_distillation
-    if finish is None:
-        return
-
-    def awaited() -> None:
-        finish()
-        started = time.perf_counter()
-        _await()
-        if batch.distillation is not None:
-            batch.statistics.add("time/teacher", time.perf_counter() - started, 0.0)
-
-    batch.finish_distillation = awaited
-
-
 def _peak() -> float:
     return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()) / GIB
 
 
-class Watch(Callback):
-    """Stands before and after the stations, and notes what each step took.
+def update_flops(shape: Shape, tokens: int, completion_tokens: int) -> float:
+    """Model FLOPs of a forward and backward pass: 6 per parameter that multiplies a token.
+
+    Args:
+        shape: of the policy.
+        tokens: that go through the layers.
+        completion_tokens: that meet the output layer.
+    """
+    layers = shape.num_parameters - shape.head * (1 if shape.tied else 2)
+    return 6.0 * (layers * tokens + shape.head * completion_tokens)
+
+
+class Watch(Station):
+    """Notes what each step took, before and after its stations.
 
     Args:
         steps: where a step's measurements are noted.
         sampled: tokens of each call of the engine so far.
         shape: the policy's, for its FLOPs.
-        last: whether this one stands after the stations.
     """
 
-    def __init__(self, steps: list[dict[str, Any]], sampled: list[int], shape: Shape, *, last: bool) -> None:
-        self.steps, self.sampled, self.shape, self.last = steps, sampled, shape, last
+    def __init__(self, steps: list[dict[str, Any]], sampled: list[int], shape: Shape) -> None:
+        self.steps, self.sampled, self.shape = steps, sampled, shape
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int) -> None:
-        """Start the step's clock, or the update's memory."""
-        _await()
-        if self.last:
-            step = self.steps[-1]
-            step["before"] = time.perf_counter() - step["started"]
-            step["peak_before"] = _peak()
-            _await_teacher(batch)
-        else:
-            self.sampled.clear()
-            self.steps.append({})
+    def _start(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         else:
             resting_memory()
         self.steps[-1]["started"] = time.perf_counter()
 
+    def after_prompts(self, trainer: Any, pl_module: Any, batch: Experience) -> None:
+        """Start the step's clock."""
+        _await()
+        self.sampled.clear()
+        self.steps.append({})
+        self._start()
+
+    def after_distillation(self, trainer: Any, pl_module: Any, batch: Experience) -> None:
+        """Start the update's clock and memory."""
+        _await()
+        step = self.steps[-1]
+        step["before"] = time.perf_counter() - step["started"]
+        step["peak_before"] = _peak()
+        self._start()
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Experience, batch_idx: int) -> None:
         """Await the update, and note seconds, tokens and memory."""
-        if not self.last:
-            return
         started = time.perf_counter()
         _await()
         now = time.perf_counter()
-        batch.statistics.add("time/update", now - started, 0.0)
+        batch.measurements.add("time/update", now - started, 0.0)
         step = self.steps[-1]
-        trained = pl_module.policy_batch(batch).sequences
-        lengths, completions = sum(trained.lengths()), trained.num_completion_tokens
+        trained = select_rollouts(batch, pl_module.policy_loss).sequences
+        lengths, completions = sum(trained.lengths()), sum(map(len, trained.completion_ids))
         read = 0
         if batch.distillation is not None:
             lengths += sum(batch.distillation.student.lengths())
@@ -188,7 +198,7 @@ class Watch(Callback):
             read = sum(batch.distillation.privileged.lengths())
         assert batch.is_cliff is not None
         # Sums: scoring is measured twice, for the rollouts and for the privileged ones.
-        seconds = {name: total for name, total, _ in batch.statistics.items() if name.startswith("time/")}
+        seconds = {name: total for name, total, _ in batch.measurements.items() if name.startswith("time/")}
         step |= {
             "step": step["before"] + now - step["started"],
             **{name: seconds.get(f"time/{name}", 0.0) for name in STATIONS},
@@ -198,7 +208,7 @@ class Watch(Callback):
             "kept": len(batch.distillation) if batch.distillation is not None else 0,
             "teacher_tokens": read,
             "update_tokens": lengths,
-            "flops": update_flops(self.shape, lengths, completion_tokens=completions),
+            "flops": update_flops(self.shape, lengths, completions),
             "peak_update": _peak(),
             "loss": batch.metrics["loss/total"],
         }
@@ -237,10 +247,13 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         verifier=ScriptedVerifier(args.completions),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         lr_scheduler=lambda optimizer: LinearWarmup(optimizer, num_warmup_steps=0),
-        micro_batch_tokens=args.micro_batch_tokens,
+        update=UpdateConfig(micro_batch_tokens=args.micro_batch_tokens),
         pass_k=(1,),
+        rollouts=RolloutGeneration(num_generations=args.completions, max_new_tokens=args.new_tokens, num_val_samples=1),
+        distillation=DistillationRefresh(
+            num_privileged=args.privileged, max_cliffs_per_step=args.prompts, max_new_tokens=args.new_tokens, topk=64
+        ),
     )
-    shape = SHAPES[args.shape]
     trainer = Trainer(
         accelerator="auto",
         devices=1,
@@ -253,47 +266,33 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[
-            Watch(steps, sampled, shape, last=False),
-            RolloutGeneration(num_generations=args.completions, max_new_tokens=args.new_tokens, num_val_samples=1),
-            CliffDetection(),
-            DistillationRefresh(
-                num_privileged=args.privileged,
-                max_cliffs_per_step=args.prompts,
-                max_new_tokens=args.new_tokens,
-                topk=64,
-            ),
-            Watch(steps, sampled, shape, last=True),
-        ],
+        callbacks=[Watch(steps, sampled, Shape.of(architecture(args.shape)))],
     )
     trainer.fit(module, train_dataloaders=torch.utils.data.DataLoader(batches(args), batch_size=None))  # type: ignore
     return steps
 
 
 def planned(args: argparse.Namespace) -> dict[str, float]:
-    """What the plan says of each phase, in GiB, without its overhead."""
-    work = Workload(
-        prompts=args.prompts,
-        num_generations=args.completions,
-        max_prompt_tokens=args.prompt_tokens,
-        max_new_tokens=args.new_tokens,
-        max_privileged_tokens=args.privileged_tokens + args.prompt_tokens,
-        num_privileged=args.privileged,
-        max_cliffs=args.prompts,
-        privileged_new_tokens=args.new_tokens,
-        val_batch_size=1,
-        num_val_samples=1,
-        val_new_tokens=args.new_tokens,
-        micro_batch_tokens=args.micro_batch_tokens,
-        checkpointing=not args.no_checkpointing,
-        compute_bytes=2 if "16" in args.precision else 4,
-    )
+    """What the plan says of the phases before the update, of the update, and of all, in GiB without its overhead."""
+    config = read_config(["--config", "hdpo", *(("--config", "engine/vllm") if args.engine == "vllm" else ())]) | {
+        "data.prompts_per_step": args.prompts,
+        "data.selection.max_prompt_tokens": args.prompt_tokens,
+        "data.selection.max_privileged_tokens": args.privileged_tokens + args.prompt_tokens,
+        "rollouts.num_generations": args.completions,
+        "rollouts.max_new_tokens": args.new_tokens,
+        "distillation.num_privileged": args.privileged,
+        "distillation.max_cliffs_per_step": args.prompts,
+        "distillation.max_new_tokens": args.new_tokens,
+        "model.policy.gradient_checkpointing": not args.no_checkpointing,
+        "model.update.micro_batch_tokens": args.micro_batch_tokens,
+        "model.engine.max_sequences": args.max_sequences,
+        "trainer.precision": args.precision,
+        "trainer.limit_val_batches": 0,
+    }
     total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GIB
-    parts = memory(SHAPES[args.shape], work, Setup(memory=total, engine=args.engine, max_sequences=args.max_sequences))
-    parts.pop("overhead")
-    sums = {phase: sum(values[phase] for values in parts.values()) / GIB for phase in parts["weights"]}
-    # The teacher reads inside the update.
-    before, update = sums["rollouts"], max(sums["teacher"], sums["update"], sums["optimizer"])
+    peaks = memory(Shape.of(architecture(args.shape)), config, 1, total)
+    update = max(peaks.pop("update"), peaks.pop("optimizer")) / GIB
+    before = max(peaks.values()) / GIB
     return {"rollouts": before, "update": update, "step": max(before, update)}
 
 
@@ -326,7 +325,7 @@ def table(args: argparse.Namespace, steps: list[dict[str, Any]]) -> list[dict[st
 def main() -> None:
     """Run the steps, print a table and write JSON where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b", help="policy (default: qwen2.5-1.5b)")
+    parser.add_argument("--shape", choices=SHAPES, default="Qwen2.5-1.5B", help="policy (default: Qwen2.5-1.5B)")
     parser.add_argument(
         "--engine", choices=("auto", "transformers", "vllm"), default="auto", help="auto: vLLM on a GPU"
     )

@@ -33,7 +33,7 @@ def hdpo_selected(hidden: Any, weight: Any, targets: Any, _: Any) -> Any:
     """Chunked log-probabilities."""
     from hdpo.functional.logprobs import selected_logps
 
-    return selected_logps(hidden, weight, None, targets[:, None]).logps.mean()
+    return selected_logps(hidden, weight, None, targets[:, None]).mean()
 
 
 def dense_selected(hidden: Any, weight: Any, targets: Any, _: Any) -> Any:
@@ -64,7 +64,7 @@ def hdpo_jsd(hidden: Any, weight: Any, _: Any, teacher: Any) -> Any:
     from hdpo.functional.logprobs import selected_logps
 
     ids, logits = teacher
-    logps = selected_logps(hidden, weight, None, ids).logps
+    logps = selected_logps(hidden, weight, None, ids)
     return topk_jsd_from_logps(logps, logits.log_softmax(-1)).mean()
 
 

@@ -31,7 +31,7 @@ from common import (
     report,
 )
 
-#: policy -> prompts, samples a prompt, new tokens; the large ones are given less to do.
+#: policy -> prompts, samples per prompt, new tokens; the large ones are given less to do.
 WORK = {"toy": (2, 2, 6), "lab": (16, 8, 72), "20m": (16, 8, 32), "100m": (8, 8, 24)}
 
 
@@ -89,7 +89,7 @@ def generate_run(
 
 
 def continuous_run(policy: Any, prompts: list[list[int]], new_tokens: int, counts: list[int]) -> Callable:
-    """The same with transformers' continuous batching (one sample a prompt)."""
+    """The same with transformers' continuous batching (one sample per prompt)."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import re
 import statistics
 import sys
 import tempfile
@@ -72,8 +71,8 @@ def hdpo_steps(args: argparse.Namespace, folder: Path, tiers: str, weight: float
         "model.distillation_weight": weight,
         "model.optimizer.init_args.lr": 0.0,
         "data.source.kwargs": f"{{split: train, seed: 0, tiers: {tiers}}}",
-        "data.num_train_problems": 320,
-        "data.num_val_problems": 6,
+        "data.selection.num_train_problems": 320,
+        "data.selection.num_val_problems": 6,
         "data.prompts_per_step": args.prompts,
         "data.cache_dir": folder / "cache",
         "rollouts.num_generations": args.completions,
@@ -103,8 +102,9 @@ def trl_steps(args: argparse.Namespace, folder: Path) -> list[Step]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    from hdpo.files import resolve_path
     from hdpo.lab.problems import rows
-    from hdpo.paths import resolve_path
+    from hdpo.rewards.boxed import last_boxed
 
     times: list[float] = []
 
@@ -113,8 +113,7 @@ def trl_steps(args: argparse.Namespace, folder: Path) -> list[Step]:
             times.append(time.perf_counter())
 
     def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-        boxes = [re.findall(r"\\boxed\{([^}]*)\}", c[0]["content"]) for c in completions]
-        return [float(bool(box) and box[-1] == gold) for box, gold in zip(boxes, answer, strict=True)]
+        return [float(last_boxed(c[0]["content"]) == gold) for c, gold in zip(completions, answer, strict=True)]
 
     data = [
         {"prompt": [{"role": "user", "content": row["problem"]}], "answer": row["expected_answer"]}
@@ -192,7 +191,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=8, help="counted steps of each short run (default: 8)")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--completions", type=int, default=8, help="rollouts a prompt (default: 8)")
+    parser.add_argument("--completions", type=int, default=8, help="rollouts per prompt (default: 8)")
     parser.add_argument("--new-tokens", type=int, default=72, help="token limit of a completion (default: 72)")
     parser.add_argument("--no-trl", action="store_true", help="leave the comparison with TRL out")
     add_arguments(parser, repeats=5)

@@ -79,15 +79,21 @@ class HdpoUpdate:
     def __init__(self, args: argparse.Namespace, path: str) -> None:
         import torch
 
+        from hdpo.losses import UpdateConfig
         from hdpo.module import HDPOModule
         from hdpo.policy import PolicyConfig
 
-        self.module = HDPOModule(
+        class WithoutStations(HDPOModule):
+            """The experience is given."""
+
+            def configure_callbacks(self) -> list[Any]:
+                return []
+
+        self.module = WithoutStations(
             policy=PolicyConfig(path=path),
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01),
             distillation_weight=0.0,
-            micro_batch_tokens=args.micro_batch_tokens,
-            max_grad_norm=1.0,
+            update=UpdateConfig(micro_batch_tokens=args.micro_batch_tokens),
         )
 
     def during(self, experience: Any, work: Callable[[Callable[[], None]], None]) -> None:
@@ -99,8 +105,8 @@ class HdpoUpdate:
 
         def update() -> None:
             batch = Experience(experience.prompts, experience.rollouts)
-            batch.statistics.add("rollout/reward", 0.0)
-            batch.statistics.add("cliff/fraction", 0.0)
+            batch.measurements.add("rollout/reward", 0.0)
+            batch.measurements.add("cliff/fraction", 0.0)
             self.module.training_step(batch, 0)
 
         class Driver(Callback):
@@ -121,8 +127,8 @@ class HdpoUpdate:
             callbacks=[Driver()],
         )
         first = Experience(experience.prompts, experience.rollouts)
-        first.statistics.add("rollout/reward", 0.0)
-        first.statistics.add("cliff/fraction", 0.0)
+        first.measurements.add("rollout/reward", 0.0)
+        first.measurements.add("cliff/fraction", 0.0)
         trainer.fit(self.module, DataLoader([first], batch_size=None, collate_fn=lambda batch: batch))
 
     def gradient(self) -> Any:
@@ -140,7 +146,7 @@ class TrlUpdate:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from trl import GRPOConfig, GRPOTrainer
 
-        from hdpo.paths import resolve_path
+        from hdpo.files import resolve_path
 
         total = args.prompts * args.completions
         self.num_batches = -(-total // min(args.trl_batch, total))
@@ -288,7 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(VOCABULARIES), default="lab", help="policy (default: lab)")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--completions", type=int, default=8, help="rollouts a prompt (default: 8)")
+    parser.add_argument("--completions", type=int, default=8, help="rollouts per prompt (default: 8)")
     parser.add_argument("--tokens", type=int, default=40, help="mean completion length (default: 40)")
     parser.add_argument("--zero-variance", type=float, nargs="+", default=[0.0, 0.25, 0.5], help="shares of groups")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="hdpo's micro-batch (default: 4096)")

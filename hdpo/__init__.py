@@ -1,3 +1,115 @@
 """Hybrid Distillation Policy Optimization (arXiv 2603.23871) as a modular Lightning codebase."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hdpo.callbacks import (
+        BestCheckpoint,
+        CliffDetection,
+        CliffReplay,
+        DistillationRefresh,
+        Evaluation,
+        LastCheckpoint,
+        PolicyExport,
+        RolloutGeneration,
+        SampleLogger,
+        Station,
+    )
+    from hdpo.cli import main
+    from hdpo.data import ColumnMapping, OpenMathDataModule, PromptConfig, Selection, SourceConfig
+    from hdpo.errors import ConfigError
+    from hdpo.experience import Experience
+    from hdpo.generation import GenerationEngine, TransformersEngine, VLLMEngine
+    from hdpo.losses import (
+        JSD,
+        ClippedPolicyLoss,
+        Divergence,
+        ForwardKL,
+        GeneralizedJSD,
+        PolicyLoss,
+        ReverseKL,
+        UpdateConfig,
+    )
+    from hdpo.module import HDPOModule
+    from hdpo.optim import LinearWarmup
+    from hdpo.policy import Policy, PolicyConfig, load_tokenizer
+    from hdpo.rewards import Grade, MathVerifier, Outcome, Verifier
+    from hdpo.teacher import DriftingTeacher, EMATeacher, FrozenTeacher, Teacher
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "JSD",
+    "BestCheckpoint",
+    "CliffDetection",
+    "CliffReplay",
+    "ClippedPolicyLoss",
+    "ColumnMapping",
+    "ConfigError",
+    "DistillationRefresh",
+    "Divergence",
+    "DriftingTeacher",
+    "EMATeacher",
+    "Evaluation",
+    "Experience",
+    "ForwardKL",
+    "FrozenTeacher",
+    "GeneralizedJSD",
+    "GenerationEngine",
+    "Grade",
+    "HDPOModule",
+    "LastCheckpoint",
+    "LinearWarmup",
+    "MathVerifier",
+    "OpenMathDataModule",
+    "Outcome",
+    "Policy",
+    "PolicyConfig",
+    "PolicyExport",
+    "PolicyLoss",
+    "PromptConfig",
+    "ReverseKL",
+    "RolloutGeneration",
+    "SampleLogger",
+    "Selection",
+    "SourceConfig",
+    "Station",
+    "Teacher",
+    "TransformersEngine",
+    "UpdateConfig",
+    "VLLMEngine",
+    "Verifier",
+    "load_tokenizer",
+    "main",
+]
+
+_HOMES = (
+    "module",
+    "optim",
+    "callbacks",
+    "data",
+    "losses",
+    "teacher",
+    "policy",
+    "generation",
+    "rewards",
+    "experience",
+    "errors",
+)
+
+
+def __getattr__(name: str) -> Any:
+    # torch and Lightning take seconds to import; `python -m hdpo --help` does not need them.
+    if name == "main":
+        from hdpo.cli import main
+
+        return main
+    if name in __all__:
+        for home in _HOMES:
+            module = importlib.import_module(f"hdpo.{home}")
+            if name in module.__all__:
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from hdpo.experience import Statistics
+from hdpo.measurements import Measurements
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = [
     "all_max",
     "all_sum",
-    "check_strategy",
     "full_state_dict",
     "gather_objects",
     "gathered_parameters",
     "merged_means",
     "no_gradient_sync",
+    "rank",
     "reshard",
     "shard_policy",
     "world_size",
@@ -41,6 +41,11 @@ def _active() -> bool:
 def world_size() -> int:
     """Number of processes that train together."""
     return dist.get_world_size() if _active() else 1
+
+
+def rank() -> int:
+    """Number of this process among those that train together."""
+    return dist.get_rank() if _active() else 0
 
 
 def _reduce(values: Sequence[float], device: torch.device, op: Any) -> list[float]:
@@ -61,28 +66,6 @@ def all_max(values: Sequence[float], device: torch.device) -> list[float]:
     return _reduce(values, device, dist.ReduceOp.MAX)
 
 
-def check_strategy(strategy: Any, num_processes: int) -> None:
-    """Refuse an FSDP2 strategy that does not split the data, and nothing else, over all processes.
-
-    Raises:
-        ValueError: the message names the key, and what to set.
-    """
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
-    if not isinstance(strategy, ModelParallelStrategy):
-        return
-    # Lightning's "auto" is one process a machine for the data, and the rest for the policy's tensors.
-    for key, value, needed in (
-        ("tensor_parallel_size", strategy._tensor_parallel_size, 1),
-        ("data_parallel_size", strategy._data_parallel_size, num_processes),
-    ):
-        if value != needed:
-            raise ValueError(
-                f"trainer.strategy.init_args.{key} is {value}, but must be {needed} with {num_processes} processes "
-                f"(trainer.devices x trainer.num_nodes): add --trainer.strategy.init_args.{key} {needed}"
-            )
-
-
 def gather_objects(value: Any) -> list[Any]:
     """Return every rank's value, in rank order, on every rank."""
     if not _active():
@@ -92,10 +75,10 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def merged_means(statistics: Statistics) -> dict[str, float]:
+def merged_means(measurements: Measurements) -> dict[str, float]:
     """Means, totals and maxima over the observations of all ranks; the names may differ from rank to rank."""
-    merged = Statistics()
-    for items in gather_objects(statistics.items()):
+    merged = Measurements()
+    for items in gather_objects(measurements.items()):
         merged.merge(items)
     return merged.means()
 
@@ -126,11 +109,14 @@ def _sharded_units(policy: torch.nn.Module) -> list[Any]:
     return [m for m in policy.modules() if isinstance(m, FSDPModule)]
 
 
-def reshard(policy: torch.nn.Module) -> None:
+def reshard(policy: torch.nn.Module) -> bool:
     """Forget the forward passes without gradient of an FSDP2 policy; without FSDP2 this does nothing.
 
     The root keeps its unsharded parameters after a forward pass, for the backward pass. After one without gradient they
     would stay: a full copy of embeddings and output layer, and changes made to it would be lost.
+
+    Returns:
+        Whether the policy is sharded at all.
     """
     units = _sharded_units(policy)
     for unit in units:
@@ -139,6 +125,7 @@ def reshard(policy: torch.nn.Module) -> None:
     # torch before 2.13 cannot be told to drop them; they take memory, and no more.
     if units and (reset := getattr(policy, "reset_iter_state", None)) is not None:
         reset()
+    return bool(units)
 
 
 @contextmanager

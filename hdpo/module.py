@@ -2,98 +2,70 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
-from torch import Tensor, nn
 
-from hdpo.batching import TokenBatch
-from hdpo.distributed import all_max, all_sum, merged_means, no_gradient_sync, reshard, shard_policy, world_size
-from hdpo.experience import Experience, Sequences
-from hdpo.functional.logprobs import SelectedLogProbs
-from hdpo.losses import DistillationTerm, PolicyTerm
-from hdpo.metrics import GreedyAccuracy, PassAtK
+from hdpo.callbacks.cliffs import CliffDetection
+from hdpo.callbacks.distillation import DistillationRefresh
+from hdpo.callbacks.rollouts import RolloutGeneration
+from hdpo.callbacks.skipped import SkippedSteps
+from hdpo.distributed import merged_means, shard_policy
+from hdpo.errors import ConfigError, check_at_least, first_line
+from hdpo.evaluation.curves import log_evaluation
+from hdpo.evaluation.scores import Scores
+from hdpo.experience import Experience
+from hdpo.generation import GenerationEngine, TransformersEngine
+from hdpo.losses import JSD, ClippedPolicyLoss, Divergence, PolicyLoss, UpdateConfig
+from hdpo.losses.update import update_policy
+from hdpo.measurements import timed
+from hdpo.optim import LinearWarmup, paper_adamw
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
-from hdpo.policy_batch import PolicyBatch, Selection
-from hdpo.teacher import FrozenTeacher, TeacherKind, make_teacher
+from hdpo.rewards import MathVerifier, Verifier
+from hdpo.teacher import DriftingTeacher, FrozenTeacher, Teacher
+from hdpo.trainer import check_trainer, end_properly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hdpo.generation import GenerationEngine
-    from hdpo.rewards import Verifier
-
-__all__ = ["HDPOModule", "LinearWarmup"]
-
-
-class LinearWarmup(torch.optim.lr_scheduler.LinearLR):
-    """Linear from ``start_factor`` to 1 over ``num_warmup_steps`` steps, then constant (paper, Table 2).
-
-    Args:
-        optimizer: whose learning rate is scaled.
-        num_warmup_steps: steps until the full learning rate; 0 starts with it.
-        start_factor: share of the learning rate in the first step, in (0, 1].
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, num_warmup_steps: int = 50, start_factor: float = 0.1) -> None:
-        factor = start_factor if num_warmup_steps > 0 else 1.0
-        super().__init__(optimizer, start_factor=factor, end_factor=1.0, total_iters=max(1, num_warmup_steps))
-
-
-class _MicroBatch(NamedTuple):
-    """One forward and backward pass: a function that returns a sum over tokens, and what the sum is multiplied by."""
-
-    total: Callable[[], Tensor]
-    scale: float
+__all__ = ["HDPOModule"]
 
 
 class HDPOModule(LightningModule):
-    """Owns the policy, the teacher, the engine, the verifier, the metrics and the combined loss.
+    """Owns the policy, the teacher, the losses, the engine, the verifier, the metrics and the stations of a step.
 
-    One loader batch is one step, whatever the number of updates, micro-batches and ranks. Losses are sums divided by
-    denominators that are global over micro-batches and ranks, so that the update does not depend on how the work is
-    split. With ``distillation_weight`` 0 this IS the GRPO baseline: the same code, and no privileged work at all.
+    One loader batch is one step, whatever the number of updates, micro-batches and ranks. With
+    ``distillation_weight`` 0 this IS the GRPO baseline: the same code, and no privileged work at all.
 
     Args:
         policy: which model is trained.
         engine: samples the completions; default the transformers engine, which uses the policy's own weights.
         verifier: grades final answers; default math-verify in worker processes.
         optimizer: from YAML; default AdamW as in the paper's Table 2.
-        lr_scheduler: from YAML, stepped once a step; default linear warm-up, then constant (Table 2).
+        lr_scheduler: from YAML, stepped once per step; default linear warm-up, then constant (Table 2).
+        policy_loss: the policy-gradient loss; default :class:`~hdpo.losses.ClippedPolicyLoss`, the paper's.
         distillation_weight: lambda, the weight of the distillation loss; 0 is GRPO.
-        teacher: whose distribution is distilled: ``drifting`` (current weights), ``frozen`` (initial) or ``ema``.
-        teacher_decay: decay of the ``ema`` teacher, per step.
-        divergence: distance between the teacher's truncated and the student's full distribution.
-        jsd_tail: the JSD's term outside the teacher's top k: ``exact``, or the ``paper``'s literal factor.
-        advantage_scale: what group advantages are divided by: the group's ``std``, ``none``, or
-            ``leave_one_out_std`` (a known defect, for parity only).
-        clip_eps_low: lower clip of the probability ratio, 1 - clip_eps_low.
-        clip_eps_high: upper clip, 1 + clip_eps_high.
-        aggregation: mean over all ``token``s of the step (paper) or over ``sequence``s of their token means.
-        kl_coef: weight of the k3 estimate of KL(policy || initial policy); the paper uses 0.
-        mask_truncated: leave completions that hit the token limit out of the policy loss and its denominator.
-        count_zero_variance: whether tokens of groups without variance count in the denominator (paper: yes).
-        sampler_correction: ``truncated`` multiplies each token's loss by min(policy / sampler, threshold), for an
-            engine whose probabilities differ from the policy's; ``none`` is the paper.
-        sampler_correction_threshold: bound on that ratio.
-        num_epochs: passes over one batch of rollouts, each with updates of its own; the paper makes one.
-        num_minibatches: updates of one pass, each on as many prompts; the paper makes one. Whatever the number of
-            updates, one batch is one step: of the trainer, the learning rate's schedule and the teacher.
-        max_grad_norm: gradients are clipped to this norm; null for no clipping.
-        micro_batch_tokens: tokens (padding included) of one forward and backward pass on one rank.
+        privileged_policy_weight: weight of the policy loss on the privileged rollouts in their own context, relative to
+            the plain ones: with distillation the joint training of pi-Distill (arXiv 2602.04942), which keeps the
+            ability to use the context; without it hinted GRPO (POPE, arXiv 2601.18779; QuestA, 2507.13266).
+        divergence: distance between teacher and student; default :class:`~hdpo.losses.JSD`, the paper's.
+        teacher: whose distribution is distilled; default :class:`~hdpo.teacher.DriftingTeacher`, the current weights.
+        update: number of updates per step, gradient clipping, micro-batches.
         pass_k: the k of pass@k in validation.
-        temperature: of the rollouts; set by ``rollouts.temperature``.
+        rollouts: the first station; on the command line the section ``rollouts``.
+        cliffs: the second station; the section ``cliffs``.
+        distillation: the third station; the section ``distillation``.
+        seed: from which every random number of the run derives; ``seed_everything`` on the command line.
 
     Raises:
-        ValueError: a value outside its range; the message names the key.
+        ConfigError: a value outside its range, or of the wrong kind; the message names the key.
     """
 
     def __init__(
@@ -101,115 +73,68 @@ class HDPOModule(LightningModule):
         policy: PolicyConfig,
         engine: GenerationEngine | None = None,
         verifier: Verifier | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable = paper_adamw,
         lr_scheduler: LRSchedulerCallable = LinearWarmup,
+        policy_loss: PolicyLoss | None = None,
         distillation_weight: float = 0.1,
-        teacher: TeacherKind = "drifting",
-        teacher_decay: float = 0.99,
-        divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd",
-        jsd_tail: Literal["exact", "paper"] = "exact",
-        advantage_scale: Literal["std", "none", "leave_one_out_std"] = "std",
-        clip_eps_low: float = 0.2,
-        clip_eps_high: float = 0.2,
-        aggregation: Literal["token", "sequence"] = "token",
-        kl_coef: float = 0.0,
-        mask_truncated: bool = False,
-        count_zero_variance: bool = True,
-        sampler_correction: Literal["none", "truncated"] = "none",
-        sampler_correction_threshold: float = 2.0,
-        num_epochs: int = 1,
-        num_minibatches: int = 1,
-        max_grad_norm: float | None = 1.0,
-        micro_batch_tokens: int = 16384,
+        privileged_policy_weight: float = 0.0,
+        divergence: Divergence | None = None,
+        teacher: Teacher | None = None,
+        update: UpdateConfig | None = None,
         pass_k: Sequence[int] = (1, 4, 8),
-        temperature: float = 1.0,
+        rollouts: RolloutGeneration | None = None,
+        cliffs: CliffDetection | None = None,
+        distillation: DistillationRefresh | None = None,
+        seed: int = 42,
     ) -> None:
         super().__init__()
-        # No save_hyperparameters(): on resume it would override YAML and command line. The run's config.yaml records.
-        self.automatic_optimization = False
-        for key, value in (
-            ("distillation_weight", distillation_weight),
-            ("kl_coef", kl_coef),
-            ("clip_eps_low", clip_eps_low),
-            ("clip_eps_high", clip_eps_high),
-        ):
-            if value < 0:
-                raise ValueError(f"model.{key} must not be negative, got {value}")
-        for key, number in (
-            ("micro_batch_tokens", micro_batch_tokens),
-            ("num_epochs", num_epochs),
-            ("num_minibatches", num_minibatches),
-        ):
-            if number < 1:
-                raise ValueError(f"model.{key} must be at least 1, got {number}")
-        if sampler_correction_threshold <= 0:
-            raise ValueError(f"model.sampler_correction_threshold must be positive, got {sampler_correction_threshold}")
-        if max_grad_norm is not None and max_grad_norm <= 0:
-            raise ValueError(f"model.max_grad_norm must be positive, or null for no clipping, got {max_grad_norm}")
+        self.automatic_optimization = False  # no save_hyperparameters(): on resume it would override the command line
+        check_at_least(
+            0,
+            model__distillation_weight=distillation_weight,
+            model__privileged_policy_weight=privileged_policy_weight,
+        )
         self.policy_config = policy
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
+        self.policy_loss = _instance("policy_loss", policy_loss, PolicyLoss, ClippedPolicyLoss)
         self.distillation_weight = distillation_weight
-        self.divergence = divergence
-        self.kl_coef = kl_coef
-        #: Which rollouts are put through the policy.
-        self.policy_batch = Selection(
-            advantage_scale, aggregation, mask_truncated, count_zero_variance, needs_all=kl_coef > 0
-        )
-        self.policy_loss = PolicyTerm(
-            temperature,
-            aggregation,
-            clip_eps_low,
-            clip_eps_high,
-            kl_coef,
-            sampler_correction,
-            sampler_correction_threshold,
-        )
-        self.distillation_loss = DistillationTerm(divergence, jsd_tail)
-        self.num_epochs, self.num_minibatches = num_epochs, num_minibatches
-        self.max_grad_norm = max_grad_norm
-        self.micro_batch_tokens = micro_batch_tokens
-        self.temperature = temperature
-        self.policy: Policy | None = None
-        self.teacher = make_teacher(teacher, teacher_decay)
-        self.reference = FrozenTeacher()
+        self.privileged_policy_weight = privileged_policy_weight
+        self.divergence = _instance("divergence", divergence, Divergence, JSD)
+        self.teacher = _instance("teacher", teacher, Teacher, DriftingTeacher)
+        self.update = update or UpdateConfig()
         self.pass_k = tuple(pass_k)
-        self.pass_at_k = PassAtK(k=self.pass_k)
-        self.greedy_accuracy = GreedyAccuracy()
-        self.source_names: list[str] = []
-        self.source_pass_at_k = nn.ModuleList()
-        self.source_greedy_accuracy = nn.ModuleList()
+        self.scores = Scores(self.pass_k)
+        self.rollouts = rollouts or RolloutGeneration()
+        self.cliffs = cliffs or CliffDetection()
+        self.distillation = distillation or DistillationRefresh()
+        self.seed = seed
+        self.policy: Policy | None = None
+        #: The initial policy, where it is needed: one copy for teacher, sampler and the reference of a KL penalty.
+        self.initial = self.teacher if isinstance(self.teacher, FrozenTeacher) else FrozenTeacher()
         #: Optimizer step of the checkpoint that was loaded, 0 without one.
         self.loaded_step = 0
-        # Outside the module tree: an engine may hold a model of its own.
-        self._engine, self._verifier = engine, verifier
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        #: Whether the weights are in the middle of a step's update, a state that is none to save.
+        self.is_updating = False
+        # Outside the module tree: an engine may hold a model of its own. Workers and engines start at their first use.
+        self.engine = _instance("engine", engine, GenerationEngine, TransformersEngine)
+        self.verifier = _instance("verifier", verifier, Verifier, MathVerifier)
 
     # ------------------------------------------------------------------ what it owns
 
-    @property
-    def engine(self) -> GenerationEngine:
-        """The engine that samples; the transformers engine unless configured."""
-        if self._engine is None:
-            from hdpo.generation import TransformersEngine
-
-            self._engine = TransformersEngine()
-        return self._engine
-
-    @property
-    def verifier(self) -> Verifier:
-        """The verifier; math-verify unless configured. Its workers start with the first answers."""
-        if self._verifier is None:
-            from hdpo.rewards import MathVerifier
-
-            self._verifier = MathVerifier()
-        return self._verifier
-
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.policy_config)
-        return self._tokenizer
+        return load_tokenizer(self.policy_config)
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the rollouts, which is that of the policy loss."""
+        return self.rollouts.temperature
+
+    @property
+    def privileged_temperature(self) -> float:
+        """Temperature of the privileged rollouts."""
+        return self.distillation.temperature
 
     @property
     def student(self) -> Policy:
@@ -217,254 +142,159 @@ class HDPOModule(LightningModule):
         assert self.policy is not None, "configure_model() comes first"
         return self.policy
 
-    def _load_policy(self) -> Policy:
-        policy = Policy.load(self.policy_config).train()
-        mesh = self.device_mesh
-        if mesh is not None:
-            shard_policy(policy, mesh["data_parallel"])
-        return policy
+    @property
+    def reference_policy(self) -> Policy | None:
+        """The initial policy, where there is a KL penalty."""
+        return self.initial.policy(self.student) if self.policy_loss.kl_coef > 0 else None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The stations, in the order in which they act; no list of callbacks can drop or reorder them."""
+        trainer = cast(Any, self.trainer)
+        check_trainer(trainer)
+        end_properly(trainer)
+        stations: list[Callback] = [self.rollouts, self.cliffs, self.distillation]
+        for callback in trainer.callbacks:
+            if isinstance(callback, tuple(map(type, stations))) and callback not in stations:
+                raise ConfigError(
+                    f"trainer.callbacks must not hold {type(callback).__name__}: the stations belong to the module "
+                    "(HDPOModule(rollouts=..., cliffs=..., distillation=...), or the sections of these names)"
+                )
+        return [*stations, SkippedSteps()]
 
     def configure_model(self) -> None:
         """Load policy, teacher and reference; idempotent, since Lightning calls it once for each stage."""
         if self.policy is not None:
             return
         self.policy = self._load_policy()
-        if self.distillation_weight > 0:
+        if self.distillation_weight > 0 and self.distillation.target == "distribution":
             self.teacher.prepare(self.policy, self._load_policy)
-        if self.kl_coef > 0:
-            self.reference.prepare(self.policy, self._load_policy)
+        if self.policy_loss.kl_coef > 0 or (self.distillation_weight > 0 and self.distillation.sampled_by == "initial"):
+            self.initial.prepare(self.policy, self._load_policy)
+
+    def _load_policy(self) -> Policy:
+        policy = Policy.load(self.policy_config).train()
+        if len(self.tokenizer) > policy.vocab_size:
+            raise ConfigError(
+                f"model.policy.path: the policy has {policy.vocab_size} tokens, but its tokenizer "
+                f"{len(self.tokenizer)}: take the tokenizer that the policy was trained with, or resize its embeddings"
+            )
+        mesh = self.device_mesh
+        if mesh is not None:
+            shard_policy(policy, mesh["data_parallel"])
+        return policy
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Build optimizer and scheduler over the policy's parameters alone."""
+        try:
+            optimizer = self.optimizer_factory(self.student.parameters())
+        except ValueError as error:  # torch's word on a value out of range
+            raise ConfigError(f"model.optimizer: {first_line(error)}") from error
+        for key, value in optimizer.defaults.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"model.optimizer.init_args.{key} must be a finite number, got {value}")
+        scheduler: LRSchedulerConfigType = {"scheduler": cast(Any, self.scheduler_factory(optimizer))}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def setup(self, stage: str) -> None:
+        """Create the metrics of each ``problem_source`` that the validation set has."""
+        names = list(getattr(getattr(self.trainer, "datamodule", None), "problem_sources", []))
+        if names != self.scores.names[1:]:
+            self.scores = Scores(self.pass_k, names)
+
+    def teardown(self, stage: str) -> None:
+        """Stop the verifier's workers and release the engine."""
+        self.engine.close()
+        self.verifier.close()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember which step the weights are from: outside ``fit`` the trainer does not count steps."""
         self.loaded_step = int(checkpoint.get("global_step", 0))
 
-    def setup(self, stage: str) -> None:
-        """Create the metrics of each ``problem_source`` that the validation set has."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        names = list(getattr(datamodule, "val_sources", []))
-        if names != self.source_names:
-            self.source_names = names
-            self.source_pass_at_k = nn.ModuleList(PassAtK(k=self.pass_k) for _ in names)
-            self.source_greedy_accuracy = nn.ModuleList(GreedyAccuracy() for _ in names)
-
-    def teardown(self, stage: str) -> None:
-        """Stop the verifier's workers and release the engine."""
-        if self._engine is not None:
-            self._engine.close()
-        if self._verifier is not None:
-            self._verifier.close()
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Build optimizer and scheduler over the policy's parameters alone."""
-        optimizer = self.optimizer_factory(self.student.parameters())
-        scheduler: LRSchedulerConfigType = {"scheduler": cast(Any, self.scheduler_factory(optimizer))}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
     # ------------------------------------------------------------------ the step
 
     def training_step(self, batch: Experience, batch_idx: int) -> None:
-        """Do the update on a completed experience (Algorithm 1, lines 4-5 and 15-17)."""
-        started = time.perf_counter()
-        optimizer = cast(LightningOptimizer, self.optimizers())
-        num_updates = self.num_epochs * self.num_minibatches
-        parts = [
-            self.policy_batch(batch, self._members(batch.prompts.index.tolist(), part))
-            for part in range(self.num_minibatches)
-        ]
-        if num_updates > 1:
-            for items in parts:
-                items.old_logps = self._old_logps(items)
-        for update in range(num_updates):
-            optimizer.zero_grad()
-            part = update % self.num_minibatches
-            self._accumulate(batch, parts[part], part)
-            batch.statistics.add("optim/grad_norm", self._clip())
-            if update + 1 == num_updates:
-                optimizer.step()  # the trainer counts it
-            else:
-                self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
-        batch.statistics.add("optim/lr", optimizer.param_groups[0]["lr"])
-        cast(Any, self.lr_schedulers()).step()
-        self.teacher.update(self.student)
-        if self.kl_coef > 0:
-            reshard(self.reference.policy(self.student))
-        batch.statistics.add("time/update", time.perf_counter() - started)
+        """Update the policy on a completed experience; schedule and teacher follow once per step."""
+        optimizer = cast(Any, self.optimizers())
+        self.is_updating = True
+        with timed(batch.measurements, "update"):
+            batch.measurements.add("optim/lr", optimizer.param_groups[0]["lr"])
+            taken = update_policy(cast(Any, self), batch)
+            if taken:
+                cast(Any, self.lr_schedulers()).step()
+                self.teacher.update(self.student)
+        self.is_updating = False
+        if batch.started is not None:
+            batch.measurements.add("time/step", time.perf_counter() - batch.started)
         self._log_step(batch)
 
     def on_train_batch_end(self, outputs: Any, batch: Experience, batch_idx: int) -> None:
         """Free the gradients, after the callbacks have seen them: the next rollouts need their memory."""
         cast(torch.optim.Optimizer, self.optimizers()).zero_grad()
 
-    def _members(self, index: Sequence[int], part: int) -> list[int]:
-        """Which prompts (or rollouts of prompts) belong to a minibatch, by their positions in the GLOBAL batch.
-
-        So minibatches hold the same prompts on any number of ranks, and about equally many of each rank.
-        """
-        return [position for position, i in enumerate(index) if i % self.num_minibatches == part]
-
-    def _old_logps(self, items: PolicyBatch) -> list[Tensor]:
-        """Log-probabilities under the weights before the first of several updates."""
-        packing = self.student.pack(items.sequences, self.micro_batch_tokens)
-        num_passes = int(all_max([len(packing.groups)], self.device)[0])
-        return self.student.completion_logps(
-            items.sequences,
-            token_budget=self.micro_batch_tokens,
-            temperature=self.temperature,
-            num_passes=num_passes,
-        )
-
-    def _accumulate(self, batch: Experience, items: PolicyBatch, part: int) -> None:
-        """Add up the gradients of one update: policy loss first, while privileged answers may still be graded."""
-        expected = batch.finish_distillation is not None or batch.distillation is not None
-        losses = self._policy_losses(batch, items)
-        self._backward(losses, more=expected)
-        if batch.finish_distillation is not None:
-            started = time.perf_counter()
-            batch.finish_distillation()
-            batch.finish_distillation = None
-            batch.statistics.add("time/update", started - time.perf_counter(), 0.0)  # measured as stations of their own
-        distilled = self._distillation_losses(batch, part)
-        if not distilled and (not losses or (expected and world_size() > 1)):
-            # Parameters without any gradient would be left out of momentum and weight decay; and where a loss was
-            # expected, the gradients of several ranks are not averaged yet.
-            distilled = [_MicroBatch(self._empty_loss, 1.0)]
-        self._backward(distilled, more=False)
-
-    def _backward(self, losses: list[_MicroBatch], *, more: bool) -> None:
-        """Backward passes; gradients are averaged over ranks in the last one, unless there are ``more`` to come."""
-        for i, item in enumerate(losses):
-            loss = item.total() * item.scale
-            sync = not more and i == len(losses) - 1
-            with nullcontext() if sync else no_gradient_sync(self.trainer.strategy, self.student):
-                # DDP and FSDP2 average gradients over ranks; the denominators are global already.
-                self.manual_backward(loss * world_size())
-
-    def _policy_losses(self, batch: Experience, items: PolicyBatch) -> list[_MicroBatch]:
-        """The micro-batches of the policy loss, not computed yet: equally many on all ranks.
-
-        A forward pass of a sharded policy, teacher or reference is a collective; a rank that has less to do makes up
-        for it with empty losses.
-        """
-        packing = self.student.pack(items.sequences, self.micro_batch_tokens)
-        (denominator,) = all_sum([items.denominator], self.device)
-        (num_passes,) = all_max([len(packing.groups)], self.device)
-        # Every rank adds its own counts: the merged statistic is then (global sum) / (global count).
-        batch.statistics.add("loss/policy", 0.0, items.denominator)
-        reference = self.reference.policy(self.student) if self.kl_coef > 0 else None
-        losses = [
-            _MicroBatch(
-                partial(self.policy_loss, self.student, reference, items, group, packing.layout, batch.statistics),
-                1.0 / max(denominator, 1.0),
-            )
-            for group in packing.groups
-        ]
-        return losses + [_MicroBatch(self._empty_policy_loss, 1.0)] * (int(num_passes) - len(losses))
-
-    def _distillation_losses(self, batch: Experience, part: int) -> list[_MicroBatch]:
-        """The same for the distillation loss; None on this rank means none on any."""
-        items = batch.distillation
-        if items is None or self.distillation_weight == 0:
-            return []
-        if self.num_minibatches > 1:
-            items = items.select(self._members(items.index, part))
-        packing = self.student.pack(items.student, self.micro_batch_tokens)
-        (denominator,) = all_sum([items.num_tokens], self.device)
-        (num_passes,) = all_max([len(packing.groups)], self.device)
-        batch.statistics.add("loss/distillation", 0.0, items.num_tokens)
-        weight = self.distillation_weight / max(denominator, 1.0)
-        losses = [
-            _MicroBatch(
-                partial(self.distillation_loss, self.student, items, group, packing.layout, batch.statistics), weight
-            )
-            for group in packing.groups
-        ]
-        return losses + [_MicroBatch(self._empty_loss, 1.0)] * (int(num_passes) - len(losses))
-
-    def _empty_loss(self) -> Tensor:
-        """A zero that is connected to every parameter, so that no rank waits for a gradient that never comes."""
-        tokens = TokenBatch.from_sequences(Sequences([[0]], [[0]]), self.device)
-        return cast(SelectedLogProbs, self.student(tokens)).logps.sum() * 0.0
-
-    def _empty_policy_loss(self) -> Tensor:
-        """As :meth:`_empty_loss`, then the reference's forward pass: the same collectives in the same order."""
-        loss = self._empty_loss()
-        if self.kl_coef > 0:
-            with torch.no_grad():
-                self.reference.policy(self.student)(TokenBatch.from_sequences(Sequences([[0]], [[0]]), self.device))
-        return loss
-
-    def _clip(self) -> float:
-        norm = nn.utils.clip_grad_norm_(
-            self.student.parameters(), self.max_grad_norm if self.max_grad_norm is not None else float("inf")
-        )
-        full = getattr(norm, "full_tensor", None)  # a DTensor under FSDP2
-        return float(full() if full is not None else norm)
-
     def _log_step(self, batch: Experience) -> None:
-        means = merged_means(batch.statistics)
-        means["loss/total"] = means.get("loss/policy", 0.0)
-        means["loss/total"] += self.kl_coef * means.get("loss/kl", 0.0)
-        means["loss/total"] += self.distillation_weight * means.get("loss/distillation", 0.0)
-        batch.metrics = means
+        metrics = merged_means(batch.measurements)
+        metrics["loss/total"] = metrics.get("loss/policy", 0.0)
+        metrics["loss/total"] += self.policy_loss.kl_coef * metrics.get("loss/kl", 0.0)
+        metrics["loss/total"] += self.privileged_policy_weight * metrics.get("loss/privileged_policy", 0.0)
+        metrics["loss/total"] += self.distillation_weight * metrics.get("loss/distillation", 0.0)
+        batch.metrics = metrics
         # Straight to the loggers: self.log would repeat a name's last value in every step that does not measure it
         # (a step without cliffs has no privileged pass rate).
         step = self.global_step - 1
         if step % cast(Any, self.trainer).log_every_n_steps == 0:
             for logger in self.loggers:
-                logger.log_metrics(means, step=step)
-        self.log("reward", means["rollout/reward"], prog_bar=True, logger=False)
-        self.log("cliffs", means["cliff/fraction"], prog_bar=True, logger=False)
+                logger.log_metrics(metrics, step=step)
+        self.log("reward", metrics["rollout/reward"], prog_bar=True, logger=False)
+        self.log("cliffs", metrics["cliff/fraction"], prog_bar=True, logger=False)
 
     # ------------------------------------------------------------------ evaluation
 
-    def validation_step(self, batch: Experience, batch_idx: int) -> None:
+    def validation_step(self, batch: Experience, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count the successes of the sampled and the greedy completions."""
-        self._evaluate(batch)
+        assert batch.rollouts is not None, "RolloutGeneration completes the experience first"
+        assert batch.greedy is not None, "RolloutGeneration completes the experience first"
+        prompts, greedy = batch.prompts, batch.greedy.success[:, 0]
+        self.scores.update(batch.rollouts.success, greedy, prompts.source, prompts.valid.to(self.device))
 
-    def test_step(self, batch: Experience, batch_idx: int) -> None:
+    def test_step(self, batch: Experience, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As :meth:`validation_step`."""
-        self._evaluate(batch)
+        self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: Experience, batch_idx: int) -> Experience:
+    def predict_step(self, batch: Experience, batch_idx: int, dataloader_idx: int = 0) -> Experience:
         """Return the completed experience; a writer turns it into JSON lines."""
         return batch
 
-    def _evaluate(self, batch: Experience) -> None:
-        assert batch.rollouts is not None, "RolloutGeneration completes the experience first"
-        assert batch.greedy is not None, "RolloutGeneration completes the experience first"
-        correct = batch.rollouts.rewards >= 1.0
-        greedy = batch.greedy.rewards[:, 0] >= 1.0
-        valid = batch.prompts.valid.to(self.device)
-        self.pass_at_k.update(correct, valid)
-        self.greedy_accuracy.update(greedy, valid)
-        for name, passes, accuracy in zip(
-            self.source_names, self.source_pass_at_k, self.source_greedy_accuracy, strict=True
-        ):
-            mine = valid & torch.tensor([s == name for s in batch.prompts.source], device=self.device)
-            cast(PassAtK, passes).update(correct, mine)
-            cast(GreedyAccuracy, accuracy).update(greedy, mine)
-
     def on_validation_epoch_end(self) -> None:
         """Log pass@k, any@k and greedy accuracy, overall and by source."""
-        self._log_evaluation("val")
+        split = getattr(cast(Any, self.trainer).datamodule, "evaluated_split", None)
+        self._log_evaluation("test" if split == "test" else "val")
 
     def on_test_epoch_end(self) -> None:
         """As :meth:`on_validation_epoch_end`."""
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
-        groups: list[tuple[str, Any, Any]] = [(stage, self.pass_at_k, self.greedy_accuracy)]
-        groups += [
-            (f"{stage}/{name}", passes, accuracy)
-            for name, passes, accuracy in zip(
-                self.source_names, self.source_pass_at_k, self.source_greedy_accuracy, strict=True
-            )
-        ]
-        for prefix, passes, accuracy in groups:
-            values = {f"{prefix}/{name}": value for name, value in passes.compute().items()}
-            values[f"{prefix}/greedy_accuracy"] = accuracy.compute()
-            self.log_dict(values)
-            passes.reset()
-            accuracy.reset()
+        values = self.scores.compute_and_reset(stage)
         best = f"pass@{max(self.pass_k)}"
-        self.log(best, self.trainer.callback_metrics[f"{stage}/{best}"], prog_bar=True, logger=False)
+        self.log(best, values[f"{stage}/{best}"], prog_bar=True, logger=False)
+        trainer = cast(Any, self.trainer)
+        fits = trainer.state.fn == "fit"
+        # Outside fit, what self.log hands to the loggers is also what `trainer.validate` and `trainer.test` return.
+        self.log_dict(values, logger=not fits)
+        if fits and not trainer.sanity_checking:
+            log_evaluation(self.loggers, {name: float(value) for name, value in values.items()}, self.global_step)
+
+
+def _instance(key: str, given: Any, kind: type, default: type) -> Any:
+    """The object that was given, or a default; anything else is refused before it can be misread."""
+    if given is None:
+        return default()
+    if not isinstance(given, kind):
+        known = ", ".join(sorted(c.__name__ for c in _subclasses(kind)))
+        raise ConfigError(f"model.{key} must be a {kind.__name__} ({known}, or a subclass of yours), got {given!r}")
+    return given
+
+
+def _subclasses(kind: type) -> list[type]:
+    direct: list[type] = kind.__subclasses__()
+    return [c for sub in direct for c in (sub, *_subclasses(sub))]

@@ -12,19 +12,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hdpo.batching import TokenBatch
 from hdpo.distributed import reshard
+from hdpo.errors import ConfigError
 from hdpo.experience import Sequences
-from hdpo.policy import Policy
+from hdpo.policy import Policy, TokenBatch
 
-__all__ = ["DriftingTeacher", "EMATeacher", "FrozenTeacher", "Teacher", "TeacherKind", "make_teacher", "teacher_topk"]
-
-TeacherKind = Literal["drifting", "frozen", "ema"]
+__all__ = ["DriftingTeacher", "EMATeacher", "FrozenTeacher", "Teacher", "teacher_topk"]
 
 
 class Teacher(nn.Module):
@@ -80,12 +77,15 @@ class EMATeacher(Teacher):
 
     Args:
         decay: in [0, 1]; 0 is the drifting and 1 the frozen teacher.
+
+    Raises:
+        ConfigError: a decay outside its range.
     """
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
         if not 0 <= decay <= 1:
-            raise ValueError(f"model.teacher_decay must be in [0, 1], got {decay}")
+            raise ConfigError(f"model.teacher.decay must be in [0, 1], got {decay}")
         self.decay = decay
         self.average: Policy | None = None
 
@@ -105,22 +105,6 @@ class EMATeacher(Teacher):
         assert self.average is not None, "prepare() comes first"
         for mean, current in zip(self.average.parameters(), student.parameters(), strict=True):
             mean.lerp_(current.to(mean.dtype), 1.0 - self.decay)
-
-
-def make_teacher(kind: TeacherKind, decay: float = 0.99) -> Teacher:
-    """Return the teacher of that name.
-
-    Raises:
-        ValueError: unknown kind.
-    """
-    match kind:
-        case "drifting":
-            return DriftingTeacher()
-        case "frozen":
-            return FrozenTeacher()
-        case "ema":
-            return EMATeacher(decay)
-    raise ValueError(f"model.teacher must be drifting, frozen or ema, got {kind!r}")
 
 
 @torch.no_grad()
@@ -151,7 +135,7 @@ def teacher_topk(
         for i, part_ids, part in zip(group, top_ids.split(batch.lengths), top_logits.split(batch.lengths), strict=True):
             ids[i], logits[i] = part_ids, part
     for _ in range((num_passes or 0) - len(groups)):
-        teacher(TokenBatch.from_sequences(Sequences([[0]], [[0]]), teacher.device), topk=k)
+        teacher(TokenBatch.placeholder(teacher.device), topk=k)
     # An EMA moves the shards: what is left unsharded would hide them.
     reshard(teacher)
     return ids, logits

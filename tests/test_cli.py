@@ -1,9 +1,15 @@
 """The command line: every shipped configuration, every command, and bad input in one clear line."""
 
+import gzip
+import importlib.util
 import json
+import logging
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from pydoc import locate
 
 import pytest
 import torch
@@ -14,8 +20,9 @@ from hdpo.cli import main
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 TINY = [
-    "--data.num_train_problems=32",
-    "--data.num_val_problems=6",
+    "--data.selection.num_train_problems=32",
+    "--data.selection.num_val_problems=6",
+    "--data.selection.num_test_problems=5",
     "--data.prompts_per_step=4",
     "--rollouts.num_generations=2",
     "--rollouts.num_val_samples=2",
@@ -31,6 +38,8 @@ TINY = [
 def workplace(tmp_path, monkeypatch):
     """Run in an empty folder, as an installed package would."""
     monkeypatch.chdir(tmp_path)
+    # Lightning's handler writes to the standard error of the first test.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     return tmp_path
 
 
@@ -51,8 +60,8 @@ def test_fit_validate_test_predict_and_export(workplace, capsys):
     assert "step 0 -> step 2" in printed
     assert "greedy_accuracy" in printed
     assert "runs/lab/version_0/policy" in printed
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
-    assert [p.name for p in sorted((run / "evaluations").iterdir())] == ["step_000000.jsonl", "step_000002.jsonl"]
+    assert {"last.ckpt", "best.ckpt"} < {p.name for p in (run / "checkpoints").iterdir()}
+    assert [p.name for p in sorted((run / "evaluations").iterdir())] == ["step_000000.jsonl.gz", "step_000002.jsonl.gz"]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["after"]["all"]["num_problems"] == 6
@@ -62,9 +71,14 @@ def test_fit_validate_test_predict_and_export(workplace, capsys):
     for command in ("validate", "test", "predict"):
         assert main(lab(command, "--ckpt_path", checkpoint)) == 0
     capsys.readouterr()
-    validated = (run_folder(workplace, 1) / "evaluations" / "step_000002.jsonl").read_text()
-    assert validated == (run / "evaluations" / "step_000002.jsonl").read_text()
-    assert (run_folder(workplace, 2) / "tests" / "step_000002.jsonl").read_text() == validated
+    validated = run_folder(workplace, 1) / "evaluations" / "step_000002.jsonl.gz"
+    assert validated.read_bytes() == (run / "evaluations" / "step_000002.jsonl.gz").read_bytes()
+    tested = run_folder(workplace, 2) / "tests" / "step_000002.jsonl.gz"
+    rows = [list(map(json.loads, gzip.decompress(path.read_bytes()).splitlines())) for path in (validated, tested)]
+    assert [{row["split"] for row in part} for part in rows] == [{"validation"}, {"test"}]
+    hashes = [{row["problem_hash"] for row in part} for part in rows]
+    assert list(map(len, hashes)) == [6, 5]
+    assert not hashes[0] & hashes[1]
     rows = [json.loads(line) for line in (run_folder(workplace, 3) / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 6
     assert all(len(row["samples"]) == 2 and row["greedy"]["outcome"] for row in rows)
@@ -80,13 +94,13 @@ def test_resume_takes_the_command_lines_values(workplace):
     assert main(lab("fit", "--trainer.max_steps=1")) == 0
     checkpoint = str(run_folder(workplace) / "checkpoints" / "last.ckpt")
     assert main(lab("fit", "--trainer.max_steps=2", "--ckpt_path", checkpoint, "--model.distillation_weight=0")) == 0
-    config = yaml.safe_load((run_folder(workplace, 1) / "config.yaml").read_text())
+    config = yaml.safe_load((run_folder(workplace) / "config.yaml").read_text())
     assert config["model"]["distillation_weight"] == 0
     from hdpo.lab.demo import read_curves
 
-    curves = read_curves(run_folder(workplace, 1))
-    assert [step for step, _ in curves["loss/total"]] == [1]
-    assert "privileged/pass_rate" not in curves
+    curves = read_curves(run_folder(workplace))
+    assert [step for step, _ in curves["loss/total"]] == [0, 1], "the same run's curves"
+    assert not any(step == 1 for step, _ in curves.get("privileged/pass_rate", []))
 
 
 def test_curves_that_the_design_names(workplace):
@@ -103,6 +117,34 @@ def test_curves_that_the_design_names(workplace):
         "time/rollouts", "time/scoring", "time/privileged", "time/teacher", "time/update",
         "val/greedy_accuracy", "val/pass@1", "val/pass@2", "val/tier6/pass@2", "verifier/wrong",
     }  # fmt: skip
+
+
+def test_evaluations_stand_at_their_steps_and_the_configuration_in_hparams(workplace):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    from hdpo.evaluation.records import read_records, recompute
+
+    options = ("--trainer.max_steps=3", "--trainer.val_check_interval=2", "--model.divergence=hdpo.losses.ForwardKL")
+    assert main(lab("fit", *options)) == 0
+    run = run_folder(workplace)
+    events = EventAccumulator(str(run))
+    events.Reload()
+    for name in ("pass@2", "greedy_accuracy"):
+        found = [(event.step, event.value) for event in events.Scalars(f"val/{name}")]
+        records = [read_records(run / "evaluations" / f"step_{step:06d}.jsonl.gz") for step in (0, 2, 3)]
+        values = [recompute(one, [1, 2])["all"][name]["value"] for one in records]
+        assert found == [(step, pytest.approx(value)) for step, value in zip((0, 2, 3), values, strict=True)]
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert set(hparams) == {"method", "seed_everything", "distillation_weight", "teacher", "divergence", "lr"}
+    assert (hparams["method"].string_value, hparams["divergence"].string_value) == ("lab", "hdpo.losses.ForwardKL")
+    assert (hparams["distillation_weight"].number_value, hparams["seed_everything"].number_value) == (1.0, 0.0)
+    content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    metrics = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
+    assert {"val/pass@1", "val/pass@2", "val/greedy_accuracy", "val/tier6/pass@2"} <= metrics
+    assert not {"hp_metric", "epoch"} & set(events.Tags()["scalars"])
+    assert yaml.safe_load((run / "hparams.yaml").read_text())["model.distillation_weight"] == 1.0
 
 
 @pytest.mark.parametrize("name", ["hdpo.yaml", "lab.yaml"])
@@ -124,6 +166,11 @@ def assert_contains(config, part):
     for key, value in part.items():
         if isinstance(value, dict) and isinstance(config[key], dict):
             assert_contains(config[key], value)
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            for mine, theirs in zip(config[key], value, strict=True):
+                assert_contains(mine, theirs)
+        elif key == "class_path":  # the parser prints the shortest name of a class
+            assert locate(config[key]) is locate(value) is not None
         else:
             assert config[key] == value
 
@@ -135,13 +182,17 @@ def test_the_papers_table_stands_in_hdpo_yaml():
     assert config["data"]["source"]["path"] == "nvidia/OpenMathInstruct-2"
     assert model["optimizer"]["init_args"] == {"lr": 1e-6, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
     assert model["lr_scheduler"]["init_args"] == {"num_warmup_steps": 50, "start_factor": 0.1}
-    assert (model["clip_eps_low"], model["clip_eps_high"], model["kl_coef"], model["max_grad_norm"]) == (0.2, 0.2, 0, 1)
+    loss = model["policy_loss"]["init_args"]
+    assert (loss["clip_eps_low"], loss["clip_eps_high"], loss["kl_coef"]) == (0.2, 0.2, 0)
+    assert model["update"] | {"micro_batch_tokens": 0} == {
+        "num_epochs": 1, "num_minibatches": 1, "max_grad_norm": 1.0, "micro_batch_tokens": 0
+    }  # fmt: skip
     assert (config["data"]["prompts_per_step"], rollouts["num_generations"]) == (32, 16)
-    assert rollouts["max_new_tokens"] + config["data"]["max_prompt_tokens"] == 4096
+    assert rollouts["max_new_tokens"] + config["data"]["selection"]["max_prompt_tokens"] == 4096
     assert (distillation["topk"], distillation["max_cliffs_per_step"], distillation["success_reward"]) == (64, 32, 1.0)
     assert (config["cliffs"]["threshold"], config["seed_everything"]) == (0, 42)
     assert (config["trainer"]["max_steps"], config["trainer"]["val_check_interval"]) == (2000, 10)
-    assert config["data"]["num_val_problems"] == 2048
+    assert config["data"]["selection"]["num_val_problems"] == 2048
 
 
 def hdpo_yaml(command, parquet, policy, *extra):
@@ -149,7 +200,7 @@ def hdpo_yaml(command, parquet, policy, *extra):
     return [
         command, "--config", str(CONFIGS / "hdpo.yaml"),
         f"--model.policy.path={policy}", f"--data.source.path={parquet}",
-        "--data.num_train_problems=64", "--data.num_val_problems=8", "--data.prompts_per_step=4",
+        "--data.selection.num_train_problems=64", "--data.selection.num_val_problems=8", "--data.prompts_per_step=4",
         "--data.val_batch_size=8", "--rollouts.num_generations=4", "--rollouts.max_new_tokens=16",
         "--distillation.max_new_tokens=16", "--distillation.topk=8", "--trainer.max_steps=2",
         "--trainer.val_check_interval=2", "--trainer.precision=32-true", "--trainer.accelerator=cpu",
@@ -160,67 +211,109 @@ def hdpo_yaml(command, parquet, policy, *extra):
 def test_hdpo_yaml_runs_on_a_local_parquet_in_openmaths_schema(workplace, openmath_parquet, tiny_policy_dir):
     assert main(hdpo_yaml("fit", openmath_parquet, tiny_policy_dir)) == 0
     run = workplace / "runs" / "hdpo" / "version_0"
-    rows = [json.loads(line) for line in (run / "evaluations" / "step_000002.jsonl").read_text().splitlines()]
-    assert len(rows) == 8
-    assert all(len(row["correct"]) == 8 for row in rows)
+    rows = gzip.decompress((run / "evaluations" / "step_000002.jsonl.gz").read_bytes()).splitlines()
+    assert len(rows) == 8 * (8 + 1)
     assert (
         main(hdpo_yaml("validate", openmath_parquet, tiny_policy_dir, f"--ckpt_path={run}/checkpoints/last.ckpt")) == 0
     )
 
 
+def refused(capsys, arguments):
+    """Run a command that must be refused; returns the one line that says why."""
+    capsys.readouterr()
+    try:
+        status = main(arguments)
+    except SystemExit as exit_:  # jsonargparse exits itself
+        status = exit_.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("hdpo: error: ")]
+    assert error.splitlines()[-1] == line, "nothing after the line that matters"
+    return line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        # A value outside its range, wherever it is found.
         (["--rollouts.num_generations=1"], "rollouts.num_generations must be at least 2"),
         (["--model.pass_k=[1,16]"], "rollouts.num_val_samples is 2"),
-        (["--model.distillation_weight=-1"], "model.distillation_weight must not be negative"),
-        (["--rollouts.temperature=0"], "rollouts.temperature must be positive"),
+        (["--model.distillation_weight=-1"], "model.distillation_weight must be a number of at least 0, got -1.0"),
+        (["--model.distillation_weight=.nan"], "model.distillation_weight must be a number of at least 0, got nan"),
+        (["--model.update.num_epochs=0"], "model.update.num_epochs must be a number of at least 1, got 0"),
+        (["--model.policy_loss.init_args.kl_coef=-1"], "model.policy_loss.kl_coef must be a number of at least 0"),
+        (["--rollouts.temperature=0"], "rollouts.temperature must be a positive number"),
+        (["--distillation.topk=0"], "distillation.topk must be a number of at least 1"),
+        (["--seed_everything=true"], "seed_everything must be an integer"),
+        # What is not there.
         (["--model.policy.path=no/such/model"], "model.policy.path"),
         (["--data.source.path=missing.parquet"], "missing.parquet"),
         (["--ckpt_path=missing.ckpt"], "there is no file or folder 'missing.ckpt'"),
+        (["--config", "missing.yaml"], "there is no file 'missing.yaml', and none of that name ships with hdpo"),
         (["--best_checkpoint.monitor=val/pass@8"], "best_checkpoint.monitor is val/pass@8, but model.pass_k gives"),
-        (["--distillation.topk=0"], "distillation.topk must be at least 1"),
-        (["--seed_everything=true"], "seed_everything must be an integer"),
         (["--model.engine=hdpo.generation.VLLMEngine"], "hdpo[vllm]"),
-    ],
-)
-def test_bad_values_end_in_one_clear_line(workplace, capsys, arguments, message):
-    if "hdpo[vllm]" in message and _has_vllm():
-        pytest.skip("vllm is installed here")
-    try:
-        status = main(lab("fit", "--trainer.max_steps=1", *arguments))
-    except SystemExit as exit_:  # jsonargparse exits itself
-        status = exit_.code
-    lines = [line for line in capsys.readouterr().err.splitlines() if message in line]
-    assert status == 2
-    assert lines, message
-    assert "error" in lines[-1] or message in lines[-1]
-
-
-def _has_vllm():
-    import importlib.util
-
-    return importlib.util.find_spec("vllm") is not None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+        (["--trainer.accelerator=gpu"], "No supported gpu backend found"),
+        (["--trainer.logger=WandbLogger"], "wandb"),
+        # Lightning's keys that are ours here.
+        (["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val must stay null: set model.update.max_grad_norm"),
+        (["--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches must stay 1"),
+        (["--trainer.val_check_interval=0"], "trainer.val_check_interval must be a positive number of steps"),
+        (["--trainer.max_steps=-1"], "trainer.max_steps must be set"),
+        # Unknown keys and words, with what would be right.
         (["--model.no_such_key=1"], "no_such_key"),
-        (["--config", "missing.yaml"], "missing.yaml"),
         (["--rollouts.num_generations=many"], "num_generations"),
-        (["--model.teacher=professor"], "teacher"),
+        (["--model.teacher=Professor"], "teacher"),
+        (["--model.divergence=jsd"], "divergence"),
+        (["--model.divergence.init_args.tail=long"], "tail"),
         (["--rollouts.top_p=0.9"], "top_p is refused: the loss needs the log-probabilities"),
         (["--rollouts={'top_k': 50}"], "top_k is refused: the loss needs the log-probabilities"),
     ],
 )
-def test_bad_keys_are_named_before_anything_runs(workplace, capsys, arguments, message):
-    with pytest.raises(SystemExit) as exit_:
-        main(lab("fit", *arguments))
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
+def test_bad_values_end_in_one_clear_line(workplace, capsys, arguments, message):
+    if "hdpo[vllm]" in message and importlib.util.find_spec("vllm"):
+        pytest.skip("vllm is installed here")
+    assert message in refused(capsys, lab("fit", "--trainer.max_steps=1", *arguments))
+
+
+def test_broken_yaml_names_its_file(workplace, capsys):
+    Path("broken.yaml").write_text("model: {distillation_weight: 1\n")
+    assert "broken.yaml" in refused(capsys, lab("fit", "--config", "broken.yaml"))
+
+
+def test_a_policy_with_fewer_tokens_than_its_tokenizer(workplace, capsys, tiny_policy_dir):
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_policy_dir, "policy")
+    tokenizer = AutoTokenizer.from_pretrained("policy")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained("policy")
+    line = refused(capsys, lab("fit", "--trainer.max_steps=1", "--model.policy.path=policy"))
+    assert re.search(r"model.policy.path: the policy has (\d+) tokens, but its tokenizer (\d+)", line)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, OSError, ImportError])
+def test_a_defect_of_ours_keeps_its_traceback(workplace, monkeypatch, error):
+    """Whatever an internal error is called, and although it is raised in our own frames."""
+
+    def broken(*args, **kwargs):
+        raise error("an internal shape mismatch")
+
+    monkeypatch.setattr("hdpo.losses.policy_loss.clipped_surrogate", broken)
+    monkeypatch.setattr("hdpo.losses.divergence.topk_jsd_from_logps", broken)
+    with pytest.raises(error, match="an internal shape mismatch"):
+        main(lab("fit", "--trainer.max_steps=8", "--rollouts.temperature=2"))
+
+
+def test_running_out_of_memory_names_the_phase_and_the_keys(workplace, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr("hdpo.losses.policy_loss.clipped_surrogate", full)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        main(lab("fit", "--trainer.max_steps=8", "--rollouts.temperature=2", "--model.distillation_weight=0"))
+    (note,) = caught.value.__notes__
+    assert "in the phase 'update'; lower model.update.micro_batch_tokens" in note
 
 
 def test_unknown_command(capsys):
@@ -243,3 +336,8 @@ def test_module_runs_as_a_program():
     result = subprocess.run([sys.executable, "-m", "hdpo", "--help"], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert "validate" in result.stdout
+
+
+def test_an_export_finds_the_configurations_that_ship(workplace, capsys):
+    line = refused(capsys, ["export", "--config", "lab", "--ckpt_path", "missing.ckpt", "--out", "exported"])
+    assert "--ckpt_path: there is no file or folder 'missing.ckpt'" in line

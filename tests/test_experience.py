@@ -1,25 +1,63 @@
-import math
+"""The containers that flow through a step."""
 
 import pytest
+import torch
 
-from hdpo.experience import Statistics
+from hdpo.errors import ConfigError
+from hdpo.experience import Completions, DistillationBatch, EvaluationSampling, Experience, Rollouts, Sequences
 
-
-@pytest.mark.parametrize("parts", [[0.5, 2.0, -1.0], [-3.0, -2.0], [1.0, math.nan, 2.0]])
-def test_a_maximum_does_not_depend_on_how_observations_are_split(parts):
-    alone, merged = Statistics(), Statistics()
-    for value in parts:
-        alone.add("gap_max", value)
-        rank = Statistics()
-        rank.add("gap_max", value)
-        merged.merge(rank.items())
-    assert alone.means() == pytest.approx(merged.means(), nan_ok=True)
-    expected = math.nan if any(map(math.isnan, parts)) else max(parts)
-    assert merged.means()["gap_max"] == pytest.approx(expected, nan_ok=True)
+IDS = torch.tensor([[[5, 6, 7], [8, 0, 0]], [[9, 9, 0], [1, 2, 3]]])
+MASK = torch.tensor([[[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [1, 1, 1]]]).bool()
+LISTS = [[[5, 6, 7], [8]], [[9, 9], [1, 2, 3]]]
 
 
-def test_a_rank_without_observations_adds_nothing():
-    stats = Statistics()
-    stats.add("pass_rate", 1.0, 2)
-    stats.merge([("pass_rate", 0.0, 0.0), ("gap_max", -1.0, None)])
-    assert stats.means() == {"pass_rate": 0.5, "gap_max": -1.0}
+def rollouts(outcomes, rewards):
+    rewards = torch.tensor(rewards)
+    return Rollouts(IDS, MASK, MASK.float(), MASK[..., 0], rewards, outcomes, [])
+
+
+def test_token_lists_hold_what_was_sampled():
+    assert Completions(IDS, MASK, MASK.float(), MASK[..., 0]).token_lists() == LISTS
+    assert rollouts([["wrong"] * 2] * 2, [[0.0] * 2] * 2).token_lists() == LISTS
+
+
+def test_success_is_the_verifiers_word_and_not_the_reward():
+    verdicts = [["correct", "wrong"], ["no_answer", "timeout"]]
+    found = rollouts(verdicts, [[0.1, 0.9], [0.5, 1.0]])
+    assert found.success.tolist() == [[True, False], [False, False]]
+    assert found.num_generations == 2
+    others = rollouts([["error", "invalid_reference", "correct"]], [[0.0] * 3])
+    assert others.success.tolist() == [[False, False, True]]
+    assert others.num_generations == 3
+
+
+def test_sequences_are_selected_in_the_order_asked_for():
+    sequences = Sequences([[1], [2, 2], [3, 3, 3]], [[4, 4], [5], [6, 6, 6, 6]])
+    assert sequences.lengths() == [3, 3, 7]
+    assert sequences.select([2, 0]) == Sequences([[3, 3, 3], [1]], [[6, 6, 6, 6], [4, 4]])
+
+
+def test_what_is_distilled_is_selected_and_counted():
+    student, privileged = (Sequences([[n], [n + 1], [n + 2]], [[4, 4], [5], [6, 6, 6]]) for n in (10, 20))
+    tensors = [torch.full((2, 3), float(i)) for i in range(6)]
+    items = DistillationBatch(student, privileged, [2, 1, 3], [7, 8, 9], tensors[:3], tensors[3:])
+    assert (len(items), items.num_tokens) == (3, 2 * 2 + 1 + 3 * 3)
+    part = items.select([2, 0])
+    assert part.student == Sequences([[12], [10]], [[6, 6, 6], [4, 4]])
+    assert part.privileged == Sequences([[22], [20]], [[6, 6, 6], [4, 4]])
+    assert (part.counts, part.index, part.num_tokens) == ([3, 2], [9, 7], 13)
+    assert part.topk_ids == [tensors[2], tensors[0]]
+    assert part.topk_logits == [tensors[5], tensors[3]]
+    empty = DistillationBatch.empty()
+    assert (len(empty), empty.num_tokens, len(empty.select([]))) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("option", "value"), [("num_samples", 0), ("max_new_tokens", 0), ("temperature", 0.0)])
+def test_sampling_that_cannot_be_is_refused(option, value):
+    with pytest.raises(ConfigError, match=f"{option} must be"):
+        EvaluationSampling(**{option: value})
+
+
+def test_a_batch_stays_where_it_is():
+    batch = Experience(None)
+    assert batch.to("cpu") is batch

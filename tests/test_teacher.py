@@ -1,26 +1,20 @@
 """The three teachers, and the teacher's top-k against a dense forward pass."""
 
+import math
+
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from hdpo.errors import ConfigError
 from hdpo.experience import Sequences
-from hdpo.policy import Policy
-from hdpo.teacher import DriftingTeacher, EMATeacher, FrozenTeacher, make_teacher, teacher_topk
-
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-}
+from hdpo.teacher import DriftingTeacher, EMATeacher, FrozenTeacher, teacher_topk
+from tests.helpers.models import random_ids, random_policy
+from tests.helpers.reference import Reference
+from tests.helpers.tolerances import EXACT
 
 
 def initial():
-    torch.manual_seed(0)
-    return Policy(Qwen2ForCausalLM(Qwen2Config(**SIZES, initializer_range=0.3)))
+    return random_policy("gpt2")
 
 
 def step(policy, amount):
@@ -34,11 +28,10 @@ def weights(policy):
 
 
 def test_drifting_is_the_student_itself():
-    student, teacher = initial(), make_teacher("drifting")
+    student, teacher = initial(), DriftingTeacher()
     teacher.prepare(student, initial)
     step(student, 1.0)
     assert teacher.policy(student) is student
-    assert isinstance(teacher, DriftingTeacher)
 
 
 def test_frozen_keeps_the_initial_weights_and_stays_out_of_the_checkpoint():
@@ -54,12 +47,12 @@ def test_frozen_keeps_the_initial_weights_and_stays_out_of_the_checkpoint():
 def test_ema_follows_by_its_formula_and_is_in_the_checkpoint():
     student, teacher = initial(), EMATeacher(0.75)
     teacher.prepare(student, initial)
-    mean = weights(initial()).double()
+    mean = weights(initial())
     for amount in (1.0, -3.0, 0.5):
         step(student, amount)
         teacher.update(student)
-        mean = 0.75 * mean + 0.25 * weights(student).double()
-    torch.testing.assert_close(weights(teacher.policy(student)).double(), mean, rtol=0, atol=1e-6)
+        mean = 0.75 * mean + 0.25 * weights(student)
+    torch.testing.assert_close(weights(teacher.policy(student)), mean, rtol=EXACT, atol=EXACT)
     assert len(teacher.state_dict()) == len(student.state_dict())
     assert not any(p.requires_grad for p in teacher.parameters())
 
@@ -74,28 +67,48 @@ def test_ema_limits_are_drifting_and_frozen(decay, same_as_student):
     assert torch.equal(weights(teacher.policy(student)), weights(expected))
 
 
-def test_bad_options_name_their_key():
-    with pytest.raises(ValueError, match=r"model.teacher_decay must be in \[0, 1\], got 1.5"):
-        make_teacher("ema", 1.5)
-    with pytest.raises(ValueError, match=r"model\.teacher must be"):
-        make_teacher("student")
+@pytest.mark.parametrize("decay", [-0.1, 1.5, math.nan])
+def test_bad_options_name_their_key(decay):
+    with pytest.raises(ConfigError, match=rf"model.teacher.decay must be in \[0, 1\], got {decay}"):
+        EMATeacher(decay)
+
+
+def test_what_is_prepared_once_stays():
+    for teacher in (FrozenTeacher(), EMATeacher(0.5)):
+        student = initial()
+        teacher.prepare(student, initial)
+        first = teacher.policy(student)
+        teacher.prepare(student, lambda: pytest.fail("a second copy"))
+        assert teacher.policy(student) is first is not student
+        assert not any(m.training for m in first.modules())
+        assert not any(p.requires_grad for p in first.parameters())
+        assert all(p.requires_grad for p in student.parameters())
 
 
 @pytest.mark.parametrize("budget", [1, 25, 1000])
-def test_topk_equals_a_dense_forward_pass(budget):
-    policy = initial().double()
-    generator = torch.Generator().manual_seed(1)
-    sequences = Sequences(
-        [torch.randint(3, 61, (n,), generator=generator).tolist() for n in (5, 2, 9)],
-        [torch.randint(3, 61, (n,), generator=generator).tolist() for n in (3, 8, 1)],
-    )
-    ids, logits = teacher_topk(policy, sequences, 7, token_budget=budget)
+@pytest.mark.parametrize("num_passes", [None, 5])
+def test_topk_equals_a_dense_forward_pass(budget, num_passes):
+    policy, passes = initial(), []
+    policy.register_forward_hook(lambda _, arguments, __: passes.append(arguments[0].input_ids.numel()))
+    sequences = Sequences(random_ids((5, 2, 9)), random_ids((3, 8, 1), seed=2))
+    ids, logits = teacher_topk(policy, sequences, 7, token_budget=budget, num_passes=num_passes)
+    groups = {1: 3, 25: 2, 1000: 1}[budget]
+    assert len(passes) == max(groups, num_passes or 0), "missing passes are made on a placeholder"
+    assert max(passes) <= max(budget, 10)
     for prompt, completion, my_ids, mine in zip(*sequences, ids, logits, strict=True):
-        dense = policy.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        dense = Reference.distribution(policy.model, prompt, completion, 1.0)
         expected = dense.topk(7, dim=-1)
         assert torch.equal(my_ids.long(), expected.indices)
-        torch.testing.assert_close(mine, expected.values)
+        # Logits, which are log-probabilities up to a constant per position.
+        torch.testing.assert_close(mine.log_softmax(-1), expected.values.log_softmax(-1), rtol=EXACT, atol=EXACT)
+        constant = (mine - expected.values).std(-1)
+        torch.testing.assert_close(constant, torch.zeros_like(constant), rtol=0, atol=EXACT)
         assert not mine.requires_grad
+        assert my_ids.dtype == torch.int32
+
+
+def test_nothing_to_read():
+    assert teacher_topk(initial(), Sequences([], []), 7, token_budget=10) == ([], [])
 
 
 def test_topk_is_capped_at_the_vocabulary():

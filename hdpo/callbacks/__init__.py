@@ -5,12 +5,15 @@ from hdpo.callbacks.cliffs import CliffDetection
 from hdpo.callbacks.distillation import DistillationRefresh
 from hdpo.callbacks.evaluation import Evaluation
 from hdpo.callbacks.export import PolicyExport
+from hdpo.callbacks.replay import CliffReplay
 from hdpo.callbacks.rollouts import RolloutGeneration
 from hdpo.callbacks.samples import PredictionWriter, SampleLogger
+from hdpo.callbacks.station import Station
 
 __all__ = [
     "BestCheckpoint",
     "CliffDetection",
+    "CliffReplay",
     "DistillationRefresh",
     "Evaluation",
     "LastCheckpoint",
@@ -18,4 +21,5 @@ __all__ = [
     "PredictionWriter",
     "RolloutGeneration",
     "SampleLogger",
+    "Station",
 ]

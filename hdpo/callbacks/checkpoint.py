@@ -2,87 +2,47 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import math
 import signal
 import threading
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from hdpo.checkpoints import DirectIO, save_checkpoint
 from hdpo.distributed import all_max
+from hdpo.errors import ConfigError, StopRequested, TrainingStopped, check_at_least
+from hdpo.files import run_folder
 
 __all__ = ["BestCheckpoint", "LastCheckpoint"]
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+class _RunCheckpoint(Checkpoint):
+    """Where a run's checkpoints are."""
+
+    def __init__(self, dirpath: str | None) -> None:
+        self.dirpath = dirpath
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let checkpoints be written beside their place, unless the user has brought a way of their own."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DirectIO()
+
+    def folder(self, trainer: Any) -> Path:
+        """The folder of the checkpoints; all ranks must ask together."""
+        run = run_folder(trainer)
+        return Path(self.dirpath) if self.dirpath else run / "checkpoints"
 
 
-def _siblings(path: Path) -> tuple[Path, Path]:
-    """Where the checkpoint at ``path`` is written: first the one that ``path`` is no link to."""
-    one, two = (path.with_name(f".{path.name}.{letter}") for letter in "ab")
-    return (two, one) if path.is_symlink() and os.readlink(path) == one.name else (one, two)
+class LastCheckpoint(_RunCheckpoint):
+    """Keeps ``last.ckpt``, with everything that an exact resume needs, and the one before it.
 
-
-def _put_in_place(path: Path) -> None:
-    """Let ``path`` be what was written to its first sibling; at every moment it is a whole checkpoint.
-
-    No system call replaces a folder by another. So the path of a folder is a link, and the link is replaced.
-    """
-    written, other = _siblings(path)
-    if not written.is_dir():
-        os.replace(written, path)
-    else:
-        if path.is_dir() and not path.is_symlink():  # a copy that somebody made
-            _remove(other)
-            path.rename(other)
-        link = path.with_name(f".{path.name}.link")
-        _remove(link)
-        link.symlink_to(written.name)
-        os.replace(link, path)
-    _remove(other)
-
-
-class _AtomicCheckpoint(ModelCheckpoint):
-    """Writes a checkpoint beside its path; it takes the path when all ranks have written their part.
-
-    Lightning writes an FSDP2 checkpoint into the folder of the one before, and moves a file there from another file
-    system: a run that is killed meanwhile leaves neither the old nor the new one.
-    """
-
-    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
-        if "://" in filepath:
-            super()._save_checkpoint(trainer, filepath)
-            return
-        path = Path(filepath)
-        written = Path(trainer.strategy.broadcast(str(_siblings(path)[0])))
-        if trainer.is_global_zero:
-            _remove(written)  # what a killed run left
-        trainer.strategy.barrier()
-        trainer.save_checkpoint(written, self.save_weights_only)  # ends with a barrier
-        if trainer.is_global_zero:
-            _put_in_place(path)
-        trainer.strategy.barrier()
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = filepath
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(self)
-
-
-class LastCheckpoint(_AtomicCheckpoint):
-    """Keeps ``last.ckpt``, with everything that an exact resume needs.
-
-    It is written at each interval, after the last step, and when a run of one process breaks off. A run of several
-    processes is also saved when any of them is asked to end (SIGTERM): all of them finish the step, save and end.
-    After an error in one of them what stays is the checkpoint of the last interval.
+    It is written at each interval, after the last step, and when a run of one process breaks off between two updates.
+    A run that is asked to end (SIGTERM or SIGINT, to any of its processes) finishes its step on all of them, saves and
+    ends with status 75. After an error in one of several processes what stays is the checkpoint of the last interval.
 
     Args:
         every_n_steps: interval in optimizer steps.
@@ -90,71 +50,86 @@ class LastCheckpoint(_AtomicCheckpoint):
     """
 
     def __init__(self, every_n_steps: int = 50, dirpath: str | None = None) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
-        super().__init__(
-            dirpath=dirpath,
-            filename="last",
-            every_n_train_steps=every_n_steps,
-            save_top_k=1,
-            save_on_exception=True,
-            enable_version_counter=False,
-        )
-        self._asked_to_end: bool | None = None  # None: Lightning's handler is in place
+        check_at_least(1, checkpoint__every_n_steps=every_n_steps)
+        super().__init__(dirpath)
+        self.every_n_steps = every_n_steps
+        self._saved_step: int | None = None
+        self._asked_to_end: str | None = None
+        self._listening = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Start anew: a callback may serve several fits."""
         super().setup(trainer, pl_module, stage)
-        self._asked_to_end = None
+        self._saved_step, self._asked_to_end, self._listening = None, None, False
 
-    def _listen(self, trainer: Any) -> None:
-        """Take note of SIGTERM, where several processes must end together.
+    # ------------------------------------------------------------------ asked to end
 
-        Lightning's handler starts a collective wherever the process happens to be. Unless all ranks are at the same
-        one, they wait for each other for ever.
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take note of signals, where Lightning's handlers would act wherever the process stands.
+
+        Its handlers start collectives, or save. Unless all ranks are at the same place, they wait for each other
+        forever, and the state in the middle of an update is none to save. Lightning puts back what was there before.
         """
-        several = trainer.state.fn == TrainerFn.FITTING and trainer.world_size > 1
-        if several and self._asked_to_end is None and threading.current_thread() is threading.main_thread():
-            self._asked_to_end = False
-            # Lightning puts back what was there before the fit.
-            signal.signal(signal.SIGTERM, self._take_note)
+        if self._saved_step is None:
+            self._saved_step = trainer.global_step  # that of the checkpoint which the run is resumed from, or 0
+        if not self._listening and threading.current_thread() is threading.main_thread():
+            self._listening = True
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._take_note)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Listen from the evaluation before the first step on."""
-        self._listen(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.on_train_start(trainer, pl_module)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Listen from the first step on, where there was no evaluation before it."""
-        super().on_train_start(trainer, pl_module)
-        self._listen(trainer)
+    def _take_note(self, number: int, frame: object) -> None:
+        if self._asked_to_end and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second time: at once
+        self._asked_to_end = signal.Signals(number).name
+        print(f"{self._asked_to_end}: the run saves and ends after this step or batch", flush=True)
 
-    def _take_note(self, *_: object) -> None:
-        self._asked_to_end = True
+    def _end_if_asked(self, module: Any) -> None:
+        """End on all ranks if any was asked to."""
+        if self._listening and all_max([self._asked_to_end is not None], module.device)[0]:
+            raise StopRequested(self._asked_to_end or "another process was asked to end")
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """End in the middle of an evaluation, too: a run that is resumed repeats it."""
+        self._end_if_asked(pl_module)
+
+    # ------------------------------------------------------------------ saved
+
+    def _save(self, trainer: Any) -> None:
+        if trainer.global_step != self._saved_step:
+            save_checkpoint(trainer, self.folder(trainer), "last", num_kept=2)
+            self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save at the interval; end on all ranks if any was asked to."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._asked_to_end is not None and all_max([self._asked_to_end], pl_module.device)[0]:
-            raise SIGTERMException
+        """Save at the interval and after the last step; end if asked to."""
+        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+            self._save(trainer)
+        self._end_if_asked(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Keep the state of a run that breaks off, unless one of several ranks may be alone with its error.
+        """Keep the state of a run that breaks off, where it is one that training can go on from.
 
-        Writing a checkpoint takes all ranks. One that fails must end, so that the launcher ends the others: waiting for
-        them to write, it would hang.
+        Not in the middle of an update, nor where training stopped itself, nor where one of several ranks may be alone
+        with its error: writing a checkpoint takes all of them, and waiting for the others it would hang.
         """
-        if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
-            super().on_exception(trainer, pl_module, exception)
+        alone = trainer.world_size == 1 or isinstance(exception, StopRequested)
+        spoilt = isinstance(exception, ConfigError | TrainingStopped) or pl_module.is_updating
+        if trainer.state.fn == TrainerFn.FITTING and alone and not spoilt:
+            self._save(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep the last step too, also if it is not a multiple of the interval."""
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-        super().on_train_end(trainer, pl_module)
+        """Keep the last step too, however the run ended."""
+        self._save(trainer)
 
 
-class BestCheckpoint(_AtomicCheckpoint):
-    """Keeps the checkpoint with the best validation metric.
+class BestCheckpoint(_RunCheckpoint):
+    """Keeps the checkpoint with the best validation metric, ``best.ckpt``.
 
     Args:
         monitor: name of the metric, for example ``val/pass@8`` or ``val/greedy_accuracy``; ``auto`` for pass@k with the
@@ -166,25 +141,46 @@ class BestCheckpoint(_AtomicCheckpoint):
     def __init__(
         self, monitor: str | None = "auto", mode: Literal["max", "min"] = "max", dirpath: str | None = None
     ) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            filename="best",
-            monitor=monitor,
-            mode=mode,
-            save_top_k=1 if monitor else 0,
-            # A metric's name holds a slash, which would become a folder.
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-        )
+        super().__init__(dirpath)
+        self.monitor = monitor
+        self.mode = mode
+        self.best_score: float | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Settle the metric, and refuse one that no evaluation will have before anything is trained."""
+        super().setup(trainer, pl_module, stage)
+        on_test = getattr(trainer.datamodule, "evaluated_split", None) == "test"
+        if stage == "fit" and on_test and self.monitor is not None:
+            raise ConfigError(
+                "best_checkpoint.monitor must be null where data.evaluation_split is test (--config eval/test sets "
+                "both): what is reported must not choose the checkpoint"
+            )
         if self.monitor == "auto":
             self.monitor = f"val/pass@{max(pl_module.pass_k)}"
         elif self.monitor is not None and self.monitor.startswith("val/pass@"):
             known = [f"val/pass@{k}" for k in pl_module.pass_k]
             if self.monitor not in known:
-                raise ValueError(
+                raise ConfigError(
                     f"best_checkpoint.monitor is {self.monitor}, but model.pass_k gives {', '.join(known)}"
                 )
-        super().setup(trainer, pl_module, stage)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save the policy that was evaluated, if it is the best."""
+        if self.monitor is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise ConfigError(f"best_checkpoint.monitor is {self.monitor}, but the evaluation has only {known}")
+        score = float(trainer.callback_metrics[self.monitor])
+        sign = 1 if self.mode == "max" else -1
+        if not math.isnan(score) and (self.best_score is None or sign * score > sign * self.best_score):
+            self.best_score = score
+            save_checkpoint(trainer, self.folder(trainer), "best", num_kept=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The score of the best policy so far."""
+        return {"best_score": self.best_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the score of the checkpoint."""
+        self.best_score = state_dict["best_score"]

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from hdpo.experience import Experience
+from hdpo.callbacks.sampling import solution_ids
+from hdpo.callbacks.station import run_stations
+from hdpo.errors import check_at_least
+from hdpo.experience import Experience, Rollouts
+from hdpo.functional import has_variance
 
 __all__ = ["CliffDetection"]
 
@@ -15,33 +19,68 @@ __all__ = ["CliffDetection"]
 class CliffDetection(Callback):
     """Marks the prompts all of whose rollouts failed, and logs who fell off and where from.
 
-    A prompt none of whose rollouts could be graded (every outcome an error of the verifier) is not a cliff: nothing is
-    known about it. It is counted as ``cliff/ungraded``.
+    A cliff needs a verdict on every rollout: one that could not be graded may have been a success. A prompt without
+    success whose verdicts are not complete is counted as ``cliff/ungraded``.
 
     Args:
         threshold: a prompt is a cliff if the sum of its rewards is at most this (paper, Table 2: 0.0).
+        reference_in_group: whether the reference solution joins a cliff's group as one more member with reward 1, which
+            the policy did not write (LUFFY, arXiv 2504.14945); see ``model.policy_loss.off_policy_shaping``.
+        max_reference_tokens: longer reference solutions do not join.
+
+    Raises:
+        ConfigError: a negative threshold.
     """
 
-    def __init__(self, threshold: float = 0.0) -> None:
-        if threshold < 0:
-            raise ValueError(f"cliffs.threshold must not be negative, got {threshold}")
+    def __init__(
+        self, threshold: float = 0.0, reference_in_group: bool = False, max_reference_tokens: int = 2048
+    ) -> None:
+        check_at_least(0, cliffs__threshold=threshold)
+        check_at_least(1, cliffs__max_reference_tokens=max_reference_tokens)
         self.threshold = threshold
+        self.reference_in_group = reference_in_group
+        self.max_reference_tokens = max_reference_tokens
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int) -> None:
         """Add ``batch.is_cliff``."""
         rollouts = batch.rollouts
         assert rollouts is not None, "RolloutGeneration completes the experience first"
-        ungraded = torch.tensor(
-            [all(outcome == "error" for outcome in group) for group in rollouts.outcomes],
-            device=rollouts.rewards.device,
+        valid = rollouts.has_verdict
+        low = rollouts.rewards.masked_fill(~valid, 0.0).sum(-1) <= self.threshold
+        complete, varied = valid.all(-1), has_variance(rollouts.rewards, valid)
+        batch.is_cliff = low & complete
+        for name, prompts in (
+            ("fraction", batch.is_cliff),
+            ("mixed", varied),
+            ("solved", complete & ~varied & ~low),
+            ("ungraded", low & ~complete),
+        ):
+            batch.measurements.add(f"cliff/{name}", prompts.sum(), len(batch))
+            for source, value in zip(batch.prompts.source, prompts.tolist(), strict=True):
+                batch.measurements.add(f"cliff/{name}/{source}", float(value))
+        if self.reference_in_group:
+            batch.off_policy = self._references(pl_module, batch)
+        run_stations("after_cliffs", trainer, pl_module, batch)
+
+    def _references(self, module: Any, batch: Experience) -> Rollouts:
+        """The reference solutions of the cliffs, one per prompt; none for the others."""
+        assert batch.is_cliff is not None
+        ids: list[list[int]] = [[] for _ in range(len(batch))]
+        for i in batch.is_cliff.nonzero()[:, 0].tolist():
+            solution = solution_ids(module, batch.prompts.solution[i]) if batch.prompts.solution[i] else []
+            ids[i] = solution if len(solution) <= self.max_reference_tokens else []
+        lengths = torch.tensor([[len(x)] for x in ids])
+        mask = torch.arange(max(1, int(lengths.max()))) < lengths[..., None]
+        completion_ids = torch.zeros(mask.shape, dtype=torch.int64)
+        completion_ids[mask] = torch.tensor([token for x in ids for token in x], dtype=torch.int64)
+        batch.measurements.add("spent/solutions", sum(map(bool, ids)), None)
+        device = module.device
+        return Rollouts(
+            completion_ids=completion_ids.to(device),
+            completion_mask=mask.to(device),
+            sampler_logps=torch.zeros(mask.shape, device=device),
+            truncated=torch.zeros(lengths.shape, dtype=torch.bool, device=device),
+            rewards=(lengths > 0).float().to(device),
+            outcomes=[["correct" if x else "none"] for x in ids],
+            texts=[[batch.prompts.solution[i] if x else ""] for i, x in enumerate(ids)],
         )
-        low = rollouts.rewards.sum(-1) <= self.threshold
-        batch.is_cliff = low & ~ungraded
-        varied = (rollouts.rewards != rollouts.rewards[:, :1]).any(-1)
-        num, stats = len(batch), batch.statistics
-        stats.add("cliff/fraction", batch.is_cliff.sum(), num)
-        stats.add("cliff/mixed", varied.sum(), num)
-        stats.add("cliff/solved", (~varied & ~low).sum(), num)
-        stats.add("cliff/ungraded", ungraded.sum(), num)
-        for source, fell in zip(batch.prompts.source, batch.is_cliff.tolist(), strict=True):
-            stats.add(f"cliff/fraction/{source}", float(fell))

@@ -1,20 +1,20 @@
-"""Evaluation as a record: one row a problem, before training and at each interval, and a summary at the end."""
+"""Evaluation as a record of every sample, before training and at each interval, and a summary at the end."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
 
-from hdpo.analysis.records import ProblemRecord, read_records, recompute, write_records
-from hdpo.callbacks.samples import run_folder
 from hdpo.distributed import gather_objects
+from hdpo.evaluation.provenance import Spending, write_provenance
+from hdpo.evaluation.records import evaluation_files, read_records, recompute, record_path, write_gzip
 from hdpo.experience import Experience
+from hdpo.files import run_folder, write_text
+from hdpo.rewards.boxed import last_boxed
 
 __all__ = ["Evaluation"]
 
@@ -22,9 +22,10 @@ __all__ = ["Evaluation"]
 class Evaluation(Callback):
     """Writes a record of every evaluation, evaluates before the first step, and summarises the run.
 
-    Each evaluation becomes ``evaluations/step_<n>.jsonl`` in the run's folder, one row a problem with the verdict on
-    every sample, so that every number can be recomputed and any two evaluations compared problem by problem. At the
-    end of ``fit`` a table compares before and after, overall and by source, and ``summary.json`` holds its numbers.
+    Each evaluation becomes ``evaluations/step_<n>.jsonl.gz`` in the run's folder, one row per problem and sample (see
+    :data:`hdpo.evaluation.records.COLUMNS`), so that every number can be recomputed; ``provenance.json`` says which
+    code and machine it is from and what had been spent. At the end of ``fit`` a table compares before and after,
+    overall and by source, and ``summary.json`` holds its numbers.
 
     Args:
         before_fit: evaluate once before the first step.
@@ -36,26 +37,34 @@ class Evaluation(Callback):
         self.before_fit = before_fit
         self.after_fit = after_fit
         self.summary = summary
-        self._records: list[ProblemRecord] = []
+        self.spending = Spending()
+        self._records: list[dict[str, Any]] = []
         self._evaluated_step: int | None = None
 
     # ------------------------------------------------------------------ when
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Evaluate the initial policy; a resumed run did so already."""
-        if self.before_fit and trainer.global_step == 0:
+        """Evaluate the initial policy, or the one of a checkpoint: it is from before the evaluation of its step."""
+        self._evaluated_step = None
+        for logger in trainer.loggers:
+            _forget_later_curves(logger, trainer.global_step)
+        if self.before_fit if trainer.global_step == 0 else _is_due(trainer):
             self._run(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Evaluate the final policy, unless the last step was evaluated."""
+        """Evaluate the final policy, unless the last step was evaluated, and summarise the run."""
         if self.after_fit and self._evaluated_step != trainer.global_step:
             self._run(trainer)
+        self._summarise(trainer, pl_module)
 
     def _run(self, trainer: Any) -> None:
         """Run the validation loop inside ``fit``, as the epoch loop does at its interval."""
         loop = trainer.fit_loop.epoch_loop.val_loop
         if not trainer.enable_validation:
             return
+        # A loop that a checkpoint restored counts the batches of the evaluation before, and would end early.
+        loop.restarting = False
+        loop.reset_restart_stage()
         trainer.validating = True
         loop.run()
         trainer.training = True
@@ -67,36 +76,46 @@ class Evaluation(Callback):
         """Optimizer steps that the evaluated weights have seen."""
         return int(trainer.global_step if trainer.state.fn == "fit" else module.loaded_step)
 
-    def _collect(self, step: int, batch: Experience) -> None:
-        rollouts, greedy, prompts = batch.rollouts, batch.greedy, batch.prompts
-        assert rollouts is not None
-        assert greedy is not None
-        correct = (rollouts.rewards >= 1.0).tolist()
-        greedy_correct = (greedy.rewards[:, 0] >= 1.0).tolist()
-        for i in range(len(batch)):
-            if not bool(prompts.valid[i]):
-                continue
-            record = ProblemRecord(
-                step=step,
-                row=int(prompts.row[i]),
-                problem_hash=hashlib.sha256(prompts.problem[i].encode()).hexdigest()[:16],
-                source=prompts.source[i],
-                reference=prompts.reference[i],
-                correct=correct[i],
-                greedy_correct=greedy_correct[i],
-                outcomes=dict(Counter(rollouts.outcomes[i])),
-            )
-            self._records.append(record)
+    def _collect(self, trainer: Any, module: Any, batch: Experience) -> None:
+        prompts = batch.prompts
+        common = {"split": evaluated_split(trainer), "step": self._step(trainer, module), "dataset": prompts.dataset}
+        for greedy, rollouts in ((False, batch.rollouts), (True, batch.greedy)):
+            assert rollouts is not None
+            assert rollouts.seeds is not None
+            seeds, tokens = rollouts.seeds.tolist(), rollouts.completion_mask.sum(-1).tolist()
+            truncated = rollouts.truncated.tolist()
+            for i, sample in ((i, k) for i in range(len(batch)) for k in range(rollouts.num_generations)):
+                if bool(prompts.valid[i]):
+                    text = rollouts.texts[i][sample]
+                    self._records.append(
+                        common
+                        | {
+                            "row": int(prompts.row[i]),
+                            "problem_hash": hashlib.sha256(prompts.problem[i].encode()).hexdigest()[:16],
+                            "source": prompts.source[i],
+                            "reference": prompts.reference[i],
+                            "greedy": greedy,
+                            "sample": sample,
+                            "seed": seeds[i][sample],
+                            "temperature": rollouts.temperature,
+                            "outcome": rollouts.outcomes[i][sample],
+                            "tokens": tokens[i][sample],
+                            "truncated": truncated[i][sample],
+                            "answer": last_boxed(text),
+                            "completion": text,
+                        }
+                    )
 
     def _write(self, trainer: Any, module: Any, folder: str) -> None:
         step = self._step(trainer, module)
         records = [r for part in gather_objects(self._records) for r in part]
         self._records = []
         self._evaluated_step = step
-        path = run_folder(trainer) / folder
+        path = run_folder(trainer)
         if trainer.is_global_zero and records:
-            records.sort(key=lambda r: r.row)
-            write_records(path / f"step_{step:06d}.jsonl", records)
+            records.sort(key=lambda r: (r["dataset"], r["row"], r["greedy"], r["sample"]))
+            write_provenance(path, records[0]["split"], step, self.spending.so_far())
+            write_gzip(record_path(path / folder, step), records)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Start an empty record."""
@@ -106,7 +125,7 @@ class Evaluation(Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Experience, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Collect the batch's rows."""
-        self._collect(self._step(trainer, pl_module), batch)
+        self._collect(trainer, pl_module, batch)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the evaluation."""
@@ -120,38 +139,63 @@ class Evaluation(Callback):
         """Write the evaluation on the test split."""
         self._write(trainer, pl_module, "tests")
 
+    # ------------------------------------------------------------------ what was spent
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Experience, batch_idx: int) -> None:
+        """Count the step."""
+        self.spending.add(batch.metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was spent; the same on all ranks."""
+        return self.spending.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue to count."""
+        self.spending.load_state_dict(state_dict)
+
     # ------------------------------------------------------------------ summary
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def _summarise(self, trainer: Any, pl_module: Any) -> None:
         """Print and write the summary of the run."""
         folder = run_folder(trainer)
-        # A run that was killed in its last evaluation resumes at its last step, where Lightning starts no training.
-        if self.after_fit and self._evaluated_step != trainer.global_step:
-            done = (folder / "evaluations" / f"step_{trainer.global_step:06d}.jsonl").exists()
-            if not trainer.strategy.broadcast(done):
-                self._run(trainer)
-        export = next((c for c in trainer.callbacks if hasattr(c, "folder") and getattr(c, "enabled", False)), None)
-        policy = str(export.folder(trainer)) if export is not None else None
         if not trainer.is_global_zero:
             return
-        files = sorted((folder / "evaluations").glob("step_*.jsonl"))
+        files = evaluation_files(folder / "evaluations")
         if not files:
             return
-        evaluations = {int(f.stem.removeprefix("step_")): recompute(read_records(f), pl_module.pass_k) for f in files}
+        evaluations = {step: recompute(read_records(file), pl_module.pass_k) for step, file in files.items()}
         summary = {
             "run": str(folder),
-            "policy": policy,
             "steps": trainer.global_step,
             "before": evaluations[min(evaluations)],
             "after": evaluations[max(evaluations)],
             "evaluations": {str(step): values["all"] for step, values in evaluations.items()},
         }
-        path = folder / "summary.json"
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(summary, indent=2), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(folder / "summary.json", json.dumps(summary, indent=2))
         if self.summary:
             _print_summary(summary, min(evaluations), max(evaluations))
+
+
+def evaluated_split(trainer: Any) -> str:
+    """The split that the current loop evaluates: as the data module says, else validation, or test in ``test``."""
+    otherwise = "test" if trainer.state.fn == "test" else "validation"
+    return str(getattr(trainer.datamodule, "evaluated_split", otherwise))
+
+
+def _forget_later_curves(logger: Any, step: int) -> None:
+    """Let TensorBoard drop what a run that broke off wrote from this step on: it comes again."""
+    writer = getattr(getattr(logger, "experiment", None), "file_writer", None)
+    if writer is not None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        writer.add_event(Event(step=step, file_version="brain.Event:2"))
+        writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+
+def _is_due(trainer: Any) -> bool:
+    """Whether the interval (``trainer.val_check_interval``) has an evaluation after the current step."""
+    interval = trainer.val_check_batch
+    return interval not in (None, float("inf")) and trainer.global_step % interval == 0
 
 
 def _print_summary(summary: dict[str, Any], first: int, last: int) -> None:
@@ -177,5 +221,3 @@ def _print_summary(summary: dict[str, Any], first: int, last: int) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     console.print(f"run:    {Path(summary['run'])}", soft_wrap=True)
-    if summary["policy"]:
-        console.print(f"policy: {Path(summary['policy'])}", soft_wrap=True)

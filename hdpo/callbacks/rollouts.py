@@ -1,17 +1,21 @@
-"""First station: K completions a prompt, scored (paper, Algorithm 1, lines 2-3)."""
+"""First station: K completions per prompt, scored (paper, Algorithm 1, lines 2-3)."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor
 
-from hdpo.callbacks.stations import Purpose, StationModule, sample
-from hdpo.experience import Completions, Experience, Rollouts, Sequences
-from hdpo.functional.random import derive_seeds
-from hdpo.generation.engine import SamplingConfig
+from hdpo.callbacks.sampler_check import SamplerCheck
+from hdpo.callbacks.sampling import graded, sample, sample_seeds, sampling_config
+from hdpo.callbacks.station import StationModule, run_stations
+from hdpo.distributed import all_max
+from hdpo.errors import ConfigError, check_at_least, check_positive
+from hdpo.experience import Experience, Rollouts, join_rollouts
+from hdpo.functional import has_variance
+from hdpo.functional.random import Purpose, derive_seeds
 
 __all__ = ["RolloutGeneration"]
 
@@ -20,20 +24,23 @@ class RolloutGeneration(Callback):
     """Samples and scores the completions of training, validation and prediction batches.
 
     Args:
-        num_generations: K, completions a prompt in training; at least 2.
+        num_generations: K, completions per prompt in training; at least 2.
         max_new_tokens: token limit of a completion.
-        temperature: of the training rollouts; > 0. There is no top-p or top-k: the loss needs the log-probabilities
-            of the distribution that was sampled.
-        num_val_samples: n, sampled completions a problem in validation; one greedy completion is added.
+        temperature: of the training rollouts, and of the policy loss, which is about the distribution that was sampled;
+            > 0. There is no top-p or top-k for the same reason.
+        num_val_samples: n, sampled completions per problem in validation; one greedy completion is added.
         val_temperature: of the sampled validation completions.
         val_max_new_tokens: token limit in validation; null for ``max_new_tokens``.
+        max_resamples: so many times a step exchanges the prompts whose groups have no variance for others, drawn at
+            random from the training problems, and samples those (dynamic sampling: DAPO, arXiv 2503.14476, section
+            3.2, within a budget). Where the budget is used up, groups without variance stay.
         num_checked_sequences: completions whose log-probabilities are compared with the policy's after each weight
             synchronisation of the engine.
-        max_logprob_gap: the run stops when the mean absolute difference (nats a token) exceeds this.
-        seed: run seed; set by ``seed_everything``.
+        max_logprob_gap: the run stops when the mean absolute difference (nats per token) exceeds this, or ten times
+            the smallest of its first five.
 
     Raises:
-        ValueError: a value outside its range; the message names the key.
+        ConfigError: a value outside its range; the message names the key.
     """
 
     def __init__(
@@ -44,102 +51,108 @@ class RolloutGeneration(Callback):
         num_val_samples: int = 8,
         val_temperature: float = 1.0,
         val_max_new_tokens: int | None = None,
+        max_resamples: int = 0,
         num_checked_sequences: int = 4,
         max_logprob_gap: float = 0.2,
-        seed: int = 42,
     ) -> None:
         if num_generations < 2:
-            raise ValueError(
+            raise ConfigError(
                 f"rollouts.num_generations must be at least 2, got {num_generations}: a group's baseline is the mean "
                 "of the OTHER rollouts"
             )
-        for key, value in (("max_new_tokens", max_new_tokens), ("num_val_samples", num_val_samples)):
-            if value < 1:
-                raise ValueError(f"rollouts.{key} must be at least 1, got {value}")
-        for key, number in (("temperature", temperature), ("val_temperature", val_temperature)):
-            if number <= 0:
-                raise ValueError(f"rollouts.{key} must be positive, got {number}; greedy accuracy is measured anyway")
+        check_at_least(
+            1,
+            rollouts__max_new_tokens=max_new_tokens,
+            rollouts__num_val_samples=num_val_samples,
+            rollouts__val_max_new_tokens=val_max_new_tokens,
+        )
+        check_at_least(0, rollouts__num_checked_sequences=num_checked_sequences, rollouts__max_resamples=max_resamples)
+        check_positive(
+            rollouts__temperature=temperature,
+            rollouts__val_temperature=val_temperature,
+            rollouts__max_logprob_gap=max_logprob_gap,
+        )
         self.num_generations = num_generations
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.num_val_samples = num_val_samples
         self.val_temperature = val_temperature
         self.val_max_new_tokens = val_max_new_tokens or max_new_tokens
-        self.num_checked_sequences = num_checked_sequences
-        self.max_logprob_gap = max_logprob_gap
-        self.seed = seed
-        #: Synchronisations of the engine that were checked, and that were checked in a training step, which logs them.
-        self._checked_version: int | None = None
-        self._logged_version: int | None = None
+        self.max_resamples = max_resamples
+        self.check_sampler = SamplerCheck(num_checked_sequences, max_logprob_gap)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse a k that the validation samples cannot estimate."""
+        """Refuse a k that the validation samples cannot estimate, and to exchange cliffs that are to be distilled."""
+        if self.max_resamples and (pl_module.distillation_weight > 0 or pl_module.privileged_policy_weight > 0):
+            raise ConfigError(
+                "rollouts.max_resamples exchanges the cliffs for other prompts, so that nothing is left to distil: set "
+                "it to 0, or model.distillation_weight and model.privileged_policy_weight to 0"
+            )
         largest = max(pl_module.pass_k)
         if largest > self.num_val_samples:
-            raise ValueError(
+            raise ConfigError(
                 f"model.pass_k asks for pass@{largest}, but rollouts.num_val_samples is {self.num_val_samples}: "
-                f"sample at least {largest} completions a problem, or drop that k"
+                f"sample at least {largest} completions per problem, or drop that k"
             )
 
     # ------------------------------------------------------------------ training
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int) -> None:
         """Add ``batch.rollouts``."""
+        batch.started = time.perf_counter()
+        run_stations("after_prompts", trainer, pl_module, batch)
         prompts = batch.prompts
-        seeds = self._seeds(Purpose.ROLLOUT, trainer.global_step, prompts.index, self.num_generations)
-        sampling = self._sampling(pl_module, self.max_new_tokens, self.temperature)
-        samples = sample(
-            trainer, pl_module, prompts.prompt_ids, prompts.reference, seeds, sampling, batch.statistics, "rollouts"
-        )
-        version = pl_module.engine.sync_version()
-        if version != self._logged_version:
-            self._check_sampler(trainer, pl_module, batch, samples.completions, self.temperature)
-            self._logged_version = self._checked_version = version
-        batch.rollouts = samples.rollouts()
+        seeds = sample_seeds(pl_module, Purpose.ROLLOUT, trainer.global_step, prompts.index, self.num_generations)
+        sampling = sampling_config(pl_module, self.max_new_tokens, self.temperature)
+        completions = sample(trainer, pl_module, prompts.prompt_ids, seeds, sampling, batch.measurements, "rollouts")
+        self.check_sampler(trainer, pl_module, batch, completions, self.temperature, in_step=True)
+        batch.rollouts = graded(pl_module, completions, prompts, batch.measurements)
+        for number in range(1, self.max_resamples + 1):
+            self._resample(trainer, pl_module, batch, number)
         self._measure(batch, batch.rollouts)
+        run_stations("after_rollouts", trainer, pl_module, batch)
 
-    def _seeds(self, purpose: Purpose, step: int, index: Tensor, num_samples: int) -> Tensor:
-        return derive_seeds(self.seed, int(purpose), step, index[:, None], torch.arange(num_samples))
-
-    def _sampling(self, module: StationModule, max_new_tokens: int, temperature: float) -> SamplingConfig:
-        eos = {*module.student.eos_token_ids, module.tokenizer.eos_token_id}
-        return SamplingConfig(max_new_tokens, temperature, tuple(sorted(eos)))
-
-    def _check_sampler(
-        self, trainer: Any, module: StationModule, batch: Experience, completions: Completions, temperature: float
-    ) -> None:
-        """Compare the engine's log-probabilities with the policy's; stale weights are silent otherwise."""
-        num = min(self.num_checked_sequences, len(batch))
-        if num == 0:
+    def _resample(self, trainer: Any, module: StationModule, batch: Experience, number: int) -> None:
+        """Exchange prompts whose groups have no variance for others that have, where the other ones do."""
+        rollouts = batch.rollouts
+        assert rollouts is not None
+        positions = (~has_variance(rollouts.rewards, rollouts.has_verdict)).nonzero()[:, 0].tolist()
+        if not all_max([len(positions)], module.device)[0]:
             return
-        ids = [group[0] for group in completions.token_lists()[:num]]
-        with trainer.precision_plugin.forward_context():
-            logps = module.student.completion_logps(
-                Sequences(batch.prompts.prompt_ids[:num], ids),
-                # One sequence a pass: all ranks then make the same number, which a sharded policy needs.
-                token_budget=1,
-                temperature=temperature,
-            )
-        gaps = torch.cat([(p.float() - completions.logps[i, 0, : len(p)]).abs() for i, p in enumerate(logps)])
-        batch.statistics.add("sampler/logprob_gap_mean", gaps.sum(), len(gaps))
-        batch.statistics.add("sampler/logprob_gap_max", gaps.max())
-        if not gaps.mean() <= self.max_logprob_gap:  # also when it is not a number
-            raise RuntimeError(
-                f"the sampler's log-probabilities differ from the policy's by {gaps.mean():.3g} nats a token on "
-                f"average (rollouts.max_logprob_gap is {self.max_logprob_gap}). Likely causes: the engine still holds "
-                "old weights, packed a tied output layer once, or computes in another dtype or with another chat "
-                "template"
-            )
+        index = batch.prompts.index[positions]
+        dataset = trainer.datamodule.dataset("train")
+        draws = derive_seeds(module.seed, Purpose.RESAMPLING, trainer.global_step, number, index)
+        others = dataset.prompts((draws % len(dataset)).tolist(), index.tolist())
+        seeds = derive_seeds(
+            module.seed,
+            Purpose.ROLLOUT,
+            trainer.global_step,
+            index[:, None],
+            torch.arange(self.num_generations) + number * self.num_generations,
+        )
+        sampling = sampling_config(module, self.max_new_tokens, self.temperature)
+        completions = sample(trainer, module, others.prompt_ids, seeds, sampling, batch.measurements, "rollouts")
+        new = graded(module, completions, others, batch.measurements)
+        better = has_variance(new.rewards, new.has_verdict).nonzero()[:, 0].tolist()
+        batch.measurements.add("rollout/exchanged", len(better), None)
+        places = {positions[i]: len(batch) + i for i in better}
+        batch.rollouts = join_rollouts(rollouts, new).select([places.get(i, i) for i in range(len(batch))])
+        chosen = dataset.prompts([int(others.row[i]) for i in better], [int(index[i]) for i in better])
+        batch.prompts = batch.prompts.with_others([positions[i] for i in better], chosen)
 
     def _measure(self, batch: Experience, rollouts: Rollouts) -> None:
-        stats, num = batch.statistics, rollouts.rewards.numel()
-        stats.add("rollout/reward", rollouts.rewards.sum(), num)
-        stats.add("rollout/length", rollouts.completion_mask.sum(), num)
-        stats.add("rollout/truncated", rollouts.truncated.sum(), num)
-        # E[-log p] of what was sampled is an unbiased estimate of the entropy a token, and needs no forward pass.
-        stats.add("rollout/entropy", -rollouts.sampler_logps.sum(), float(rollouts.completion_mask.sum()))
-        for source, rewards in zip(batch.prompts.source, rollouts.rewards.tolist(), strict=True):
-            stats.add(f"rollout/reward/{source}", sum(rewards), len(rewards))
+        measured, num = batch.measurements, rollouts.rewards.numel()
+        valid = rollouts.has_verdict
+        rewards = rollouts.rewards.masked_fill(~valid, 0.0)
+        measured.add("rollout/reward", rewards.sum(), float(valid.sum()))
+        measured.add("rollout/length", rollouts.completion_mask.sum(), num)
+        measured.add("rollout/truncated", rollouts.truncated.sum(), num)
+        # E[-log p] of what was sampled is an unbiased estimate of the entropy per token, and needs no forward pass.
+        measured.add("rollout/entropy", -rollouts.sampler_logps.sum(), float(rollouts.completion_mask.sum()))
+        for source, total, count in zip(
+            batch.prompts.source, rewards.sum(-1).tolist(), valid.sum(-1).tolist(), strict=True
+        ):
+            measured.add(f"rollout/reward/{source}", total, count)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -148,19 +161,19 @@ class RolloutGeneration(Callback):
 
         Common random numbers make two evaluations of the same problems comparable problem by problem.
         """
-        prompts = batch.prompts
-        limit = self.val_max_new_tokens
-        seeds = self._seeds(Purpose.EVALUATION, 0, prompts.row, self.num_val_samples)
-        arguments = (trainer, module, prompts.prompt_ids, prompts.reference)
-        sampled = sample(
-            *arguments, seeds, self._sampling(module, limit, self.val_temperature), batch.statistics, "rollouts"
-        )
-        version = module.engine.sync_version()
-        if version != self._checked_version:
-            self._check_sampler(trainer, module, batch, sampled.completions, self.val_temperature)
-            self._checked_version = version
-        greedy = sample(*arguments, seeds[:, :1], self._sampling(module, limit, 0.0), batch.statistics, "rollouts")
-        batch.rollouts, batch.greedy = sampled.rollouts(), greedy.rollouts()
+        prompts, measured = batch.prompts, batch.measurements
+        own = prompts.sampling  # of a named evaluation source
+        num_samples, temperature = own.num_samples or self.num_val_samples, own.temperature or self.val_temperature
+        max_new_tokens = own.max_new_tokens or self.val_max_new_tokens
+        seeds = sample_seeds(module, Purpose.EVALUATION, 0, prompts.row, num_samples)
+        sampling = sampling_config(module, max_new_tokens, temperature)
+        sampled = sample(trainer, module, prompts.prompt_ids, seeds, sampling, measured, "rollouts")
+        self.check_sampler(trainer, module, batch, sampled, temperature, in_step=False)
+        sampling = sampling_config(module, max_new_tokens, 0.0)
+        greedy = sample(trainer, module, prompts.prompt_ids, seeds[:, :1], sampling, measured, "rollouts")
+        batch.rollouts, batch.greedy = (graded(module, c, prompts, measured) for c in (sampled, greedy))
+        batch.rollouts.seeds, batch.rollouts.temperature = seeds, temperature
+        batch.greedy.seeds, batch.greedy.temperature = seeds[:, :1], 0.0
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int, dataloader_idx: int = 0

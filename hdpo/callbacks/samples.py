@@ -4,40 +4,50 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from lightning.pytorch import Callback
 
-from hdpo.experience import Experience
+from hdpo.errors import check_at_least
+from hdpo.experience import Experience, Rollouts
+from hdpo.files import run_folder, write_text
 
-__all__ = ["PredictionWriter", "SampleLogger", "run_folder"]
-
-
-def run_folder(trainer: Any) -> Path:
-    """The folder of this run: the logger's, or ``default_root_dir`` without one.
-
-    All ranks must call it: Lightning broadcasts the first rank's, and a rank alone would wait forever.
-    """
-    return Path(trainer.log_dir or trainer.default_root_dir)
+__all__ = ["PredictionWriter", "SampleLogger"]
 
 
 class SampleLogger(Callback):
-    """Logs the completions of a few prompts, and cliffs with their privileged rollouts side by side.
+    """Logs the completions of a few prompts with their verdicts, and cliffs with their privileged rollouts.
 
     Written to TensorBoard (text) and to ``samples.jsonl`` in the run's folder.
 
     Args:
         every_n_steps: interval in steps; 0 for never.
-        num_prompts: prompts a step, and as many cliffs.
-        num_completions: completions a prompt.
+        num_prompts: prompts per step, and as many cliffs.
+        num_completions: completions per prompt.
+
+    Raises:
+        ConfigError: a negative number.
     """
 
     def __init__(self, every_n_steps: int = 25, num_prompts: int = 2, num_completions: int = 2) -> None:
-        if every_n_steps < 0:
-            raise ValueError(f"samples.every_n_steps must not be negative, got {every_n_steps}")
+        check_at_least(
+            0,
+            samples__every_n_steps=every_n_steps,
+            samples__num_prompts=num_prompts,
+            samples__num_completions=num_completions,
+        )
         self.every_n_steps = every_n_steps
         self.num_prompts = num_prompts
         self.num_completions = num_completions
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget what was written after the checkpoint that the run is resumed from: it comes again."""
+        path = run_folder(trainer) / "samples.jsonl"
+        if trainer.is_global_zero and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A killed run may leave half a line.
+            whole = [line for line in lines if line.endswith("\n")]
+            write_text(path, "".join(line for line in whole if json.loads(line)["step"] < trainer.global_step))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Experience, batch_idx: int) -> None:
         """Write the step's samples on the first rank."""
@@ -52,9 +62,10 @@ class SampleLogger(Callback):
         assert batch.is_cliff is not None, "the stations complete the experience first"
         cliffs = batch.is_cliff.nonzero()[:, 0].tolist()
         others = [i for i in range(len(batch)) if i not in cliffs]
-        rows = [self._row(batch, i, step) for i in others[: self.num_prompts] + cliffs[: self.num_prompts]]
+        chosen = others[: self.num_prompts] + cliffs[: self.num_prompts]
+        rows = [self._row(batch, i, step, pl_module.tokenizer) for i in chosen]
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+        with _open_lines(folder / "samples.jsonl", "a") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         for logger in trainer.loggers:
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
@@ -62,11 +73,14 @@ class SampleLogger(Callback):
                 for number, row in enumerate(rows):
                     add_text(f"samples/{'cliff' if row['is_cliff'] else 'prompt'}_{number}", _markdown(row), step)
 
-    def _row(self, batch: Experience, i: int, step: int) -> dict[str, Any]:
+    def _row(self, batch: Experience, i: int, step: int, tokenizer: Any) -> dict[str, Any]:
         rollouts, prompts = batch.rollouts, batch.prompts
         assert rollouts is not None
         assert batch.is_cliff is not None
-        pairs = list(zip(rollouts.texts[i], rollouts.outcomes[i], strict=True))
+        privileged: list[dict[str, Any]] = []
+        if batch.privileged is not None and i in batch.privileged.positions:
+            privileged = self._shown(batch.privileged.rollouts, batch.privileged.positions.index(i))
+        contexts = tokenizer.batch_decode([prompts.prompt_ids[i], prompts.privileged_ids[i]], skip_special_tokens=False)
         return {
             "step": step,
             "source": prompts.source[i],
@@ -74,44 +88,72 @@ class SampleLogger(Callback):
             "problem": prompts.problem[i],
             "reference": prompts.reference[i],
             "solution": prompts.solution[i],
+            "prompt": contexts[0],
+            "privileged_prompt": contexts[1],
             "reward": float(rollouts.rewards[i].mean()),
-            "completions": [{"text": t, "outcome": o} for t, o in pairs[: self.num_completions]],
-            "privileged": [
-                {"text": t, "outcome": o} for t, o in batch.privileged_texts.get(i, [])[: self.num_completions]
-            ],
+            "completions": self._shown(rollouts, i),
+            "privileged": privileged,
         }
+
+    def _shown(self, rollouts: Rollouts, i: int) -> list[dict[str, Any]]:
+        return _completions(rollouts, i)[: self.num_completions]
+
+
+def _open_lines(path: Path, mode: str) -> TextIO:
+    # Byte-level tokenizers can produce lone surrogates, which UTF-8 has not; JSON can say them in ASCII.
+    return cast("TextIO", path.open(mode, encoding="utf-8", errors="backslashreplace"))
+
+
+def _completions(rollouts: Rollouts, i: int) -> list[dict[str, Any]]:
+    """The completions of one prompt with their verdicts."""
+    tokens, rewards = rollouts.completion_mask[i].sum(-1).tolist(), rollouts.rewards[i].tolist()
+    truncated = rollouts.truncated[i].tolist()
+    return [
+        {"text": text, "outcome": outcome, "reward": reward, "tokens": length, "truncated": cut}
+        for text, outcome, reward, length, cut in zip(
+            rollouts.texts[i], rollouts.outcomes[i], rewards, tokens, truncated, strict=True
+        )
+    ]
 
 
 def _markdown(row: dict[str, Any]) -> str:
-    """One sample as TensorBoard shows it: plain and privileged completions in two columns."""
-    lines = [
-        f"**{row['source']}**, mean reward {row['reward']:.2f}, expected `{row['reference']}`",
-        "",
-        _quote(row["problem"]),
-        "",
-        "| plain prompt | with the ground truth in the prompt |",
-        "| --- | --- |",
-    ]
-    for k in range(max(len(row["completions"]), len(row["privileged"]))):
-        cells = [
-            f"{_cell(side[k]['text'])} ({side[k]['outcome']})" if k < len(side) else ""
-            for side in (row["completions"], row["privileged"])
-        ]
-        lines.append(f"| {cells[0]} | {cells[1]} |")
+    """One sample as TensorBoard shows it.
+
+    Every text is an indented code block, in which Markdown has no special characters: no backtick, bar, tag or LaTeX
+    that a policy writes can change what is around it.
+    """
+    lines = [f"**{_visible(row['source'])}**, mean reward {row['reward']:.2f}; problem, and expected answer:"]
+    lines += ["", _block(row["problem"]), _block(row["reference"])]
+    for title, completions in (("plain prompt", row["completions"]), ("privileged prompt", row["privileged"])):
+        if completions:
+            lines += [
+                "",
+                f"**{title}:**",
+                "",
+                _block(row["prompt" if title == "plain prompt" else "privileged_prompt"]),
+            ]
+        for one in completions:
+            verdict = f"{one['outcome']}, reward {one['reward']:g}, {one['tokens']} tokens"
+            lines += ["", f"*{verdict}{', truncated' if one['truncated'] else ''}:*", "", _block(one["text"])]
     return "\n".join(lines)
 
 
-def _quote(text: str) -> str:
-    return "\n".join(f"> {line}" for line in text.splitlines())
+def _block(text: str) -> str:
+    return "\n".join(f"    {_visible(line)}" for line in text.split("\n"))
 
 
-def _cell(text: str) -> str:
-    """Text as code, so that Markdown eats neither 2*3*4 nor LaTeX; a table's cell has one line and no bars."""
-    return f"`` {text.replace('|', chr(92) + '|').replace('`', chr(39)).replace(chr(10), ' ')} ``"
+def _visible(text: str) -> str:
+    r"""Text whose control and formatting characters are spelled out.
+
+    Example:
+        >>> print(_visible("2*3 \x1b[31m \u202e"))
+        2*3 \x1b[31m \u202e
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class PredictionWriter(Callback):
-    """``predict`` writes one JSON line a problem: sampled and greedy completions with their outcomes.
+    """``predict`` writes one JSON line per problem: sampled and greedy completions with their outcomes.
 
     Args:
         path: the file; null for ``predictions.jsonl`` in the run's folder. With several ranks each writes its own
@@ -128,7 +170,7 @@ class PredictionWriter(Callback):
         if trainer.world_size > 1:
             path = path.with_suffix(f".rank{trainer.global_rank}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
+        self._file = _open_lines(path, "w")
         self._path = path
 
     def on_predict_batch_end(
@@ -146,10 +188,8 @@ class PredictionWriter(Callback):
                 "source": prompts.source[i],
                 "problem": prompts.problem[i],
                 "reference": prompts.reference[i],
-                "greedy": {"text": greedy.texts[i][0], "outcome": greedy.outcomes[i][0]},
-                "samples": [
-                    {"text": t, "outcome": o} for t, o in zip(rollouts.texts[i], rollouts.outcomes[i], strict=True)
-                ],
+                "greedy": _completions(greedy, i)[0],
+                "samples": _completions(rollouts, i),
             }
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()

@@ -6,19 +6,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hdpo.data.config import ColumnMapping, EvaluationSource, Selection, SourceConfig
     from hdpo.data.datamodule import OpenMathDataModule
-    from hdpo.data.openmath import ColumnMapping, SourceConfig
     from hdpo.data.prompts import PromptConfig, PromptRenderer
 
-__all__ = ["ColumnMapping", "OpenMathDataModule", "PromptConfig", "PromptRenderer", "SourceConfig"]
-
 _HOMES = {
-    "ColumnMapping": "openmath",
+    "ColumnMapping": "config",
+    "EvaluationSource": "config",
     "OpenMathDataModule": "datamodule",
     "PromptConfig": "prompts",
     "PromptRenderer": "prompts",
-    "SourceConfig": "openmath",
+    "Selection": "config",
+    "SourceConfig": "config",
 }
+
+__all__ = [
+    "ColumnMapping",
+    "EvaluationSource",
+    "OpenMathDataModule",
+    "PromptConfig",
+    "PromptRenderer",
+    "Selection",
+    "SourceConfig",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,258 +1,259 @@
-"""The data module: prepared problems, and the loaders that turn them into the steps' ``Experience``."""
+"""The data module: problem sets, and the loaders that turn them into the steps' ``Experience``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from hdpo.data.dataset import PreparedData, ProblemDataset
-from hdpo.data.openmath import SourceConfig
+from hdpo.data.batches import (
+    EvaluationSampler,
+    ProblemDataset,
+    PromptLoader,
+    SizedPromptLoader,
+    TrainSampler,
+    check_batch,
+)
+from hdpo.data.cache import ProblemCache
+from hdpo.data.config import EvaluationSource, ProblemSet, Selection, SourceConfig, problem_sets
 from hdpo.data.preparation import PreparationReport
-from hdpo.data.prompts import PromptConfig
-from hdpo.data.sampler import TrainSampler, ValidationSampler
-from hdpo.data.store import StoreConfig, load_or_prepare
-from hdpo.experience import Experience, Prompts
+from hdpo.data.prompts import PromptConfig, PromptRenderer
+from hdpo.errors import ConfigError, check_at_least, check_choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["OpenMathDataModule", "PromptLoader"]
+    from hdpo.rewards import Verifier
 
+__all__ = ["OpenMathDataModule"]
 
-class PromptLoader:
-    """Yields this rank's batches.
-
-    A plain iterable, so that Lightning leaves its order alone: it replaces the samplers of a ``DataLoader`` when it
-    predicts or runs on several ranks. There is nothing for worker processes to do, since the prompts are token ids
-    already.
-    """
-
-    def __init__(self, dataset: ProblemDataset, sampler: TrainSampler | ValidationSampler) -> None:
-        self.dataset = dataset
-        self.batches = sampler
-
-    def __iter__(self) -> Iterator[Experience]:
-        for batch in self.batches:
-            yield Experience(self.dataset.prompts(batch.rows, batch.index, batch.valid))
-
-
-class SizedPromptLoader(PromptLoader):
-    """A loader that ends, and knows when. Training has one endless epoch, and its loader no length."""
-
-    batches: ValidationSampler
-
-    def __len__(self) -> int:
-        return len(self.batches)
+_SOURCE, _PROMPTS, _SELECTION = SourceConfig(), PromptConfig(), Selection()  # defaults; nothing writes to them
 
 
 class OpenMathDataModule(LightningDataModule):
-    """Math problems with reference solutions: OpenMathInstruct-2, anything with a column mapping, or generated rows.
+    """Problems with reference answers: OpenMathInstruct-2, anything with a column mapping, or generated rows.
 
-    Rows are streamed, filtered, split and rendered once, and cached on disk; see :mod:`hdpo.data.preparation`. What is
-    dropped is counted in :attr:`reports`.
+    Rows are streamed, filtered, split and rendered once, and cached on disk; see :mod:`hdpo.data.preparation`. Only
+    the sets that a stage needs are prepared: ``validate`` does not read the training problems. No problem is in two of
+    training, validation and test (unless split by row): test sources are read whole, validation sources without the
+    problems of the test sources, and the splits of ``source`` without those of any evaluation source.
 
     Args:
-        source: where the training problems come from, and the validation problems unless ``val_source`` is given.
-        tokenizer: folder or hub id of the policy's tokenizer (linked to ``model.policy.path``).
+        source: where the training problems come from, and the validation and test problems where they have no source.
         prompts: how problems become prompts.
-        val_source: a data set of its own for validation. Its problems are left out of training.
+        selection: which rows become problems, how many, and in which split.
+        val_source: a data set of its own for validation.
+        val_sources: several of them by name, each with its own sampling; batches tell which one they are from.
+        test_source: a data set of its own for testing.
+        test_sources: several of them by name.
+        predict_source: problems to write completions for; they need no answer. By default the validation problems.
         prompts_per_step: prompts of one training step over ALL ranks together; a multiple of their number.
-        num_train_problems: stop reading after so many training problems; null for all. It is a number of its own, and
-            not trainer.max_steps * prompts_per_step, so that a run can be resumed to more steps on the same problems.
-            The default is what the paper's 2000 steps of 32 prompts see.
-        num_val_problems: stop reading after so many validation problems; null for all, 0 for no validation.
-        val_fraction: share of the problems (or rows) that belong to validation where there is no ``val_source``.
-        val_batch_size: problems of one validation batch on EACH rank. Changes memory and speed, not the results.
-        split_by: ``problem`` = by a hash of the problem's text: no problem is on both sides. ``row`` = over rows, as in
-            the paper, which leaks: rows of one problem fall on both sides.
-        max_prompt_tokens: problems whose prompt is longer are dropped.
-        max_privileged_tokens: problems whose privileged prompt is longer stay, but cannot be distilled.
-        keep_duplicates: keep all rows of a problem instead of the first.
-        check_references: drop problems whose reference answer the verifier cannot parse.
+        evaluation_split: what ``fit`` evaluates on: ``validation``, or ``test`` for runs that are reported, in which
+            nothing may be chosen by an evaluation (``best_checkpoint.monitor`` must be null). The training problems
+            are the same either way.
+        val_batch_size: problems of one evaluation batch on EACH rank. Changes memory and speed, not the results.
+        tokenizer: folder or hub id of a tokenizer, or the tokenizer; null for the policy's.
+        verifier: tells which reference answers are usable; null for the LightningModule's.
+        seed: of the order of the training problems; null for the LightningModule's, which is the run's.
         cache_dir: folder of prepared data.
-        seed: of the order of the training problems (linked to ``seed_everything``).
-        tokenizer_revision: branch, tag or commit of a tokenizer on the hub.
-        trust_remote_code: allow tokenizer code from the hub.
-
-    Attributes:
-        reports: what happened to every row, one report for each source (from ``setup`` on).
 
     Raises:
-        ValueError: an argument out of its range; the message names it.
+        ConfigError: an argument out of its range; the message names it.
     """
 
     def __init__(
         self,
-        source: SourceConfig,
-        tokenizer: str,
-        prompts: PromptConfig | None = None,
+        source: SourceConfig = _SOURCE,
+        prompts: PromptConfig = _PROMPTS,
+        selection: Selection = _SELECTION,
         val_source: SourceConfig | None = None,
+        val_sources: dict[str, EvaluationSource] | None = None,
+        test_source: SourceConfig | None = None,
+        test_sources: dict[str, EvaluationSource] | None = None,
+        predict_source: SourceConfig | None = None,
         prompts_per_step: int = 32,
-        num_train_problems: int | None = 64000,
-        num_val_problems: int | None = 2048,
-        val_fraction: float = 0.05,
+        evaluation_split: Literal["validation", "test"] = "validation",
         val_batch_size: int = 64,
-        split_by: Literal["problem", "row"] = "problem",
-        max_prompt_tokens: int = 1024,
-        max_privileged_tokens: int = 3072,
-        keep_duplicates: bool = False,
-        check_references: bool = True,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        verifier: Verifier | None = None,
+        seed: int | None = None,
         cache_dir: str = ".hdpo_cache",
-        seed: int = 42,
-        tokenizer_revision: str | None = None,
-        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("prompts_per_step", prompts_per_step), ("val_batch_size", val_batch_size)):
-            if value < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {value}")
-        self.store_config = StoreConfig(
-            source=source,
-            val_source=val_source,
-            prompts=prompts or PromptConfig(),
-            num_train_problems=num_train_problems,
-            num_val_problems=num_val_problems,
-            val_fraction=val_fraction,
-            split_by=split_by,
-            max_prompt_tokens=max_prompt_tokens,
-            max_privileged_tokens=max_privileged_tokens,
-            keep_duplicates=keep_duplicates,
-            check_references=check_references,
-        )
-        self.tokenizer_path = tokenizer
-        self.tokenizer_revision = tokenizer_revision
-        self.trust_remote_code = trust_remote_code
+        check_at_least(1, data__prompts_per_step=prompts_per_step, data__val_batch_size=val_batch_size)
+        if prompts.privileged_context == "hint" and source.columns.solution is None:
+            raise ConfigError("data.prompts.privileged_context=hint needs a column for data.source.columns.solution")
+        if prompts.privileged_context == "column" and source.columns.context is None:
+            raise ConfigError("data.prompts.privileged_context=column needs a column for data.source.columns.context")
+        self.prompts = prompts
+        self.selection = selection
         self.prompts_per_step = prompts_per_step
+        check_choice("data.evaluation_split", evaluation_split, ("validation", "test"))
+        self.evaluation_split = evaluation_split
         self.val_batch_size = val_batch_size
         self.cache_dir = cache_dir
-        self.seed = seed
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._prepared: PreparedData | None = None
+        self._tokenizer = tokenizer
+        self._verifier = verifier
+        self._seed = seed
+        #: All problem sets, each after those that it holds out.
+        self.sets = problem_sets(
+            selection, source, _named(val_source, val_sources), _named(test_source, test_sources), predict_source
+        )
+        self._datasets: dict[str, ProblemDataset] = {}
+        self._stage = "fit"
+        self._is_prepared = False
         # (problems consumed, optimizer step) at which this fit began; see `consumed`.
         self._origin = (0, 0)
         self._restored: int | None = None
 
-    # What has been prepared
+    # What comes from the LightningModule unless it is given
+
+    def _of_module(self, name: str) -> Any:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return getattr(module, name, None)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use."""
-        if self._tokenizer is None:
-            from hdpo.policy import PolicyConfig, load_tokenizer
-
-            self._tokenizer = load_tokenizer(
-                PolicyConfig(
-                    path=self.tokenizer_path,
-                    revision=self.tokenizer_revision,
-                    trust_remote_code=self.trust_remote_code,
-                )
-            )
-        return self._tokenizer
-
-    @property
-    def prepared(self) -> PreparedData:
-        """Training and validation problems.
+        """The tokenizer.
 
         Raises:
-            RuntimeError: ``setup`` was not called yet.
+            ConfigError: none is given, and there is no policy that has one.
         """
-        if self._prepared is None:
-            raise RuntimeError("the data module has no data yet: call prepare_data() and setup() first")
-        return self._prepared
+        if isinstance(self._tokenizer, str):
+            from hdpo.policy import PolicyConfig, load_tokenizer
+
+            self._tokenizer = load_tokenizer(PolicyConfig(path=self._tokenizer))
+        tokenizer = self._tokenizer if self._tokenizer is not None else self._of_module("tokenizer")
+        if tokenizer is None:
+            raise ConfigError("data.tokenizer: there is no policy to take it from; give its folder or hub id")
+        return cast("PreTrainedTokenizerBase", tokenizer)
 
     @property
-    def train_dataset(self) -> ProblemDataset:
-        """The training problems."""
-        return self.prepared.train
+    def verifier(self) -> Verifier:
+        """Who tells which reference answers are usable; math-verify where neither this nor the module has one."""
+        from hdpo.rewards import MathVerifier
+
+        verifier = self._verifier if self._verifier is not None else self._of_module("verifier")
+        return MathVerifier() if verifier is None else cast("Verifier", verifier)
 
     @property
-    def val_dataset(self) -> ProblemDataset:
-        """The validation problems."""
-        return self.prepared.validation
-
-    @property
-    def reports(self) -> list[PreparationReport]:
-        """What happened to every row, one report for each source."""
-        return self.prepared.reports
-
-    @property
-    def val_sources(self) -> list[str]:
-        """The sources of the validation problems, sorted: the same list on all ranks."""
-        return self.val_dataset.sources()
-
-    def prompts_of(self, rows: Sequence[int], index: Sequence[int] | None = None) -> Prompts:
-        """Build prompts from rows of the TRAINING problems, at the given positions of the global batch."""
-        return self.train_dataset.prompts(rows, index)
+    def seed(self) -> int:
+        """Seed of the order of the training problems."""
+        seed = self._seed if self._seed is not None else self._of_module("seed")
+        return 42 if seed is None else int(seed)
 
     # Preparation
 
     def prepare_data(self) -> None:
-        """Prepare and cache the problems, unless they are in the cache. Lightning calls it on one process a node."""
-        self._prepared = self._load_or_prepare()
+        """Prepare and cache the sets of the stage, unless they are in the cache. Lightning calls it once per node."""
+        stage = None if self.trainer is None else self.trainer.state.fn
+        self._load("fit" if stage is None else stage.value)
+        self._is_prepared = True
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the cache, on every rank; without one, prepare (one process does, the others wait)."""
-        if stage in (None, "fit"):
-            self._origin, self._restored = (0, 0), None
-            TrainSampler(1, self.prompts_per_step, self.seed, *self._ranks())  # refuses an indivisible batch early
-        if self._prepared is None:
-            self._prepared = self._load_or_prepare()
+        """Read the cache, on every rank; what is missing is prepared (one process does, the others wait).
 
-    def _load_or_prepare(self) -> PreparedData:
-        data, path = load_or_prepare(self.store_config, self.tokenizer, self.cache_dir)
-        rank_zero_info(f"{len(data.train):,} training and {len(data.validation):,} validation problems ({path})")
-        config = self.store_config
-        for name, wanted, found in (
-            ("num_train_problems", config.num_train_problems, len(data.train)),
-            ("num_val_problems", config.num_val_problems, len(data.validation)),
-        ):
-            if wanted is not None and found < wanted:
-                rank_zero_warn(f"data.{name}={wanted}, but the source ended after {found:,} usable problems")
-        if len(data.train) < self.prompts_per_step:
-            rank_zero_warn(
-                f"data.prompts_per_step={self.prompts_per_step} is more than the {len(data.train)} training problems: "
-                "problems repeat within a step"
+        Raises:
+            ConfigError: fewer problems than a step takes, or a step that cannot be split evenly.
+        """
+        if not self._is_prepared:
+            self._load(stage or "fit")
+        self._is_prepared = False
+        if self._stage == "fit":
+            self._origin, self._restored = (0, 0), None
+            # Refuse early what cannot be split or sampled.
+            num_minibatches = getattr(self._of_module("update"), "num_minibatches", 1)
+            check_batch(self.prompts_per_step, self._ranks()[1], num_minibatches)
+            self._train_sampler()
+
+    def _load(self, stage: str) -> None:
+        self._stage = stage
+        names = {wanted.name for wanted in self._evaluation_sets()} | ({"train"} if stage == "fit" else set())
+        if not names:
+            kind = "test" if self.evaluated_split == "test" else "val"
+            raise ConfigError(
+                f"data: there is nothing to {stage}: give data.{kind}_source, or data.selection.num_{kind}_problems "
+                f"and {kind}_fraction"
             )
-        return data
+        for wanted in reversed(self.sets):
+            names |= set(wanted.held_out) if wanted.name in names else set()
+        sets = [wanted for wanted in self.sets if wanted.name in names]
+        renderer = PromptRenderer(self.tokenizer, self.prompts)
+        verifier = self.verifier if self.selection.check_references else None
+        try:
+            self._datasets = ProblemCache(self.cache_dir, self.selection, renderer, verifier).load(sets)
+        finally:
+            if verifier is not None and verifier is not self._of_module("verifier"):
+                verifier.close()
+        for wanted in sets:
+            found, limit = len(self._datasets[wanted.name]), wanted.num_problems
+            rank_zero_info(f"{wanted.name}: {found:,} problems of {wanted.source.path}")
+            if wanted.splits is not None and limit is not None and found < limit:
+                rank_zero_warn(
+                    f"{wanted.key} ended after {found:,} usable {wanted.name} problems; {limit:,} are wanted"
+                )
+
+    def dataset(self, name: str) -> ProblemDataset:
+        """Return a problem set of the current stage: ``train``, ``validation``, ``validation/NAME``, ``test``, ...
+
+        Raises:
+            RuntimeError: ``setup`` was not called for a stage that has it.
+        """
+        if name not in self._datasets:
+            raise RuntimeError(f"the data module has no {name!r} data: call prepare_data() and setup() for its stage")
+        return self._datasets[name]
+
+    @property
+    def reports(self) -> list[PreparationReport]:
+        """What happened to the rows, one report for each problem set of the current stage."""
+        return [dataset.report for dataset in self._datasets.values()]
+
+    @property
+    def problem_sources(self) -> list[str]:
+        """The sources of the current stage's evaluation problems, sorted: the same list on all ranks."""
+        return sorted({source for s in self._evaluation_sets() for source in self.dataset(s.name).sources()})
 
     # Loaders
+
+    @property
+    def evaluated_split(self) -> str:
+        """The split that the current stage evaluates (or predicts)."""
+        return {"fit": self.evaluation_split, "validate": "validation"}.get(self._stage, self._stage)
+
+    def _evaluation_sets(self) -> list[ProblemSet]:
+        kind = self.evaluated_split
+        if kind == "predict" and not any(s.name == "predict" for s in self.sets):
+            kind = "validation"
+        return [s for s in self.sets if s.name.partition("/")[0] == kind]
 
     def _ranks(self) -> tuple[int, int]:
         """Return this rank and the number of ranks among which a batch is split (data-parallel ones only)."""
         kwargs = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
         return kwargs["rank"], kwargs["num_replicas"]
 
+    def _train_sampler(self) -> TrainSampler:
+        size = len(self.dataset("train"))
+        return TrainSampler(size, self.prompts_per_step, self.seed, *self._ranks(), consumed=self.consumed)
+
     def train_dataloader(self) -> PromptLoader:
         """Return the endless stream of training batches, from where the run stands."""
         if self._restored is not None:
             self._origin, self._restored = (self._restored, self._global_step()), None
-        rank, num_ranks = self._ranks()
-        sampler = TrainSampler(
-            len(self.train_dataset), self.prompts_per_step, self.seed, rank, num_ranks, consumed=self.consumed
-        )
-        return PromptLoader(self.train_dataset, sampler)
-
-    def _validation_loader(self) -> list[SizedPromptLoader]:
-        if not len(self.val_dataset):
-            return []
-        sampler = ValidationSampler(len(self.val_dataset), self.val_batch_size, *self._ranks())
-        return [SizedPromptLoader(self.val_dataset, sampler)]
+        return PromptLoader(self.dataset("train"), self._train_sampler())
 
     def val_dataloader(self) -> list[SizedPromptLoader]:
-        """Return the validation batches; an empty list where there is no validation."""
-        return self._validation_loader()
+        """Return one loader per evaluation set of the current stage; an empty list where there is none."""
+        loaders = []
+        for wanted in self._evaluation_sets():
+            dataset = self.dataset(wanted.name)
+            sampler = EvaluationSampler(len(dataset), self.val_batch_size, *self._ranks())
+            sampling = wanted.source.sampling if isinstance(wanted.source, EvaluationSource) else None
+            loaders.append(SizedPromptLoader(dataset, sampler, wanted.name.partition("/")[2], sampling))
+        return loaders
 
-    def test_dataloader(self) -> list[SizedPromptLoader]:
-        """Return the validation batches."""
-        return self._validation_loader()
-
-    def predict_dataloader(self) -> list[SizedPromptLoader]:
-        """Return the validation batches."""
-        return self._validation_loader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     # Resuming
 
@@ -263,8 +264,8 @@ class OpenMathDataModule(LightningDataModule):
     def consumed(self) -> int:
         """Problems that all ranks together have trained on.
 
-        Counted in optimizer steps (one a batch), and not in batches that were handed out: Lightning fetches one batch
-        ahead, and a step that was interrupted has changed no weights.
+        Counted in optimizer steps (one per batch), and not in batches that were handed out: Lightning fetches one
+        batch ahead, and a step that was interrupted has changed no weights.
         """
         if self._restored is not None:
             return self._restored
@@ -273,29 +274,32 @@ class OpenMathDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the run stands in the data: the same on all ranks, whatever their number."""
-        if self._prepared is None:
+        if "train" not in self._datasets:
             return {}
-        return {"consumed": self.consumed, "fingerprint": self.prepared.fingerprint, "seed": self.seed}
+        return {"consumed": self.consumed, "fingerprint": self.dataset("train").fingerprint, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where a checkpoint stands.
 
         Raises:
-            ValueError: the checkpoint was trained on other problems or in another order. (Validation may be on any.)
+            ConfigError: the checkpoint was trained on other problems or in another order. (Evaluation may be on any.)
         """
-        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+        if self._stage != "fit" or not state_dict:
             return
-        if not state_dict:
-            return
-        if state_dict["fingerprint"] != self.prepared.fingerprint:
-            raise ValueError(
+        fingerprint = self.dataset("train").fingerprint
+        if state_dict["fingerprint"] != fingerprint:
+            raise ConfigError(
                 "the checkpoint was trained on other problems than data.source gives now "
-                f"(fingerprints {state_dict['fingerprint']} and {self.prepared.fingerprint}): resume with the same "
+                f"(fingerprints {state_dict['fingerprint']} and {fingerprint}): resume with the same "
                 "data settings, or start a new run from the exported policy"
             )
         if state_dict["seed"] != self.seed:
-            raise ValueError(
+            raise ConfigError(
                 f"the checkpoint's order of problems has seed {state_dict['seed']}, but data.seed is {self.seed}: "
                 "resume with the same seed_everything"
             )
         self._restored = state_dict["consumed"]
+
+
+def _named(one: SourceConfig | None, several: Mapping[str, SourceConfig] | None) -> dict[str, SourceConfig]:
+    return ({} if one is None else {"": one}) | dict(several or {})

@@ -1,44 +1,90 @@
-"""From a stream of rows to the problems of a run: filtered, split, rendered, and every dropped row counted."""
+"""From a stream of rows to the problems of a set: filtered, rendered, and every dropped row accounted for."""
 
 from __future__ import annotations
 
 import hashlib
+import sys
+import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hdpo.data.openmath import Problem
-from hdpo.data.prompts import PromptRenderer
+from hdpo.data.config import ProblemSet, Selection
+from hdpo.data.prompts import PromptRenderer, privileged_context
+from hdpo.data.sources import Problem
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = [
-    "DROP_REASONS",
+    "Collector",
+    "Dropped",
     "PreparationReport",
     "PreparedProblem",
-    "Selection",
     "normalise_problem",
     "prepare",
     "problem_digest",
+    "report_table",
+    "show_progress",
 ]
-
-Split = Literal["train", "validation"]
-
-BY_ROW_SEED = 42
-"""The paper's seed of the split over rows; not the run's, so that all runs validate on the same problems."""
 
 DROP_REASONS = {
     "missing_problem": "no problem text",
+    "not_unicode": "text is not valid Unicode (a lone surrogate)",
     "missing_solution": "no reference solution",
     "missing_answer": "no final answer",
-    "in_validation": "problem is in the validation set",
+    "held_out": "problem is in an evaluation set",
     "duplicate": "problem seen before",
-    "surplus": "its split is already full",
-    "unparseable": "reference answer cannot be parsed",
+    "unusable": "reference answer that the verifier cannot use",
     "special_tokens": "text spells a special token",
-    "prompt_too_long": "prompt over data.max_prompt_tokens",
+    "prompt_too_long": "prompt over data.selection.max_prompt_tokens",
+    "prompt_merged": "tokens of the prompt merge with those of the generation prompt",
 }
 """Why a row is left out, in the order in which it is asked; a row counts once, under the first that applies."""
+
+NOT_DISTILLED = {
+    "no_context": "without privileged context",
+    "too_long": "with a privileged prompt over data.selection.max_privileged_tokens",
+    "merged": "with a privileged prompt that merges with the generation prompt",
+}
+"""Why a problem that is kept cannot be distilled when it is a cliff."""
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+@dataclass
+class PreparationReport:
+    """What happened to the rows that were read for one problem set.
+
+    Attributes:
+        name: the problem set.
+        source: path of its source.
+        rows_read: rows looked at until the set was full or the source ended.
+        kept: problems of the set.
+        dropped: reason (see ``DROP_REASONS``) -> rows.
+        not_distilled: reason (see ``NOT_DISTILLED``) -> kept problems that have no privileged prompt.
+    """
+
+    name: str
+    source: str
+    rows_read: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=Counter)
+    not_distilled: dict[str, int] = field(default_factory=Counter)
+
+    def table(self) -> list[tuple[str, int]]:
+        """Return the report as (what, count) lines, from rows read to problems kept."""
+        elsewhere = self.rows_read - self.kept - sum(self.dropped.values())
+        lines = [("rows read", self.rows_read), ("in other splits", elsewhere)]
+        lines += [(f"dropped: {text}", self.dropped.get(key, 0)) for key, text in DROP_REASONS.items()]
+        lines += [("kept", self.kept)]
+        if self.name == "train":
+            lines += [(f"  of these {text}", self.not_distilled.get(key, 0)) for key, text in NOT_DISTILLED.items()]
+        return [(what, number) for what, number in lines if number or what == "kept"]
 
 
 def normalise_problem(text: str) -> str:
@@ -53,218 +99,243 @@ def normalise_problem(text: str) -> str:
 
 def problem_digest(text: str) -> bytes:
     """Return 16 bytes that identify the normalised problem, on any machine and in any process."""
-    return hashlib.sha256(normalise_problem(text).encode()).digest()[:16]
+    return hashlib.sha256(normalise_problem(text).encode(errors="surrogatepass")).digest()[:16]
 
 
-@dataclass
-class Selection:
-    """Which problems of a source are kept.
+class PreparedProblem(NamedTuple):
+    """One kept problem; ``privileged_ids`` is empty where it cannot be distilled, for the reason ``not_distilled``."""
 
-    Attributes:
-        num_train: training problems wanted; None for all, 0 for none.
-        num_validation: validation problems wanted; None for all, 0 for none.
-        val_fraction: share of the problems (or rows) that belong to validation.
-        split_by: ``problem`` = by a hash of the normalised problem, so that none is on both sides; ``row`` = by row,
-            the paper's way: rows of one problem can fall on both sides.
-        max_prompt_tokens: longest student prompt.
-        max_privileged_tokens: longest privileged prompt; beyond it the problem stays, without a privileged prompt.
-        keep_duplicates: keep all rows of a problem.
-        requires_solution: rows without a solution are dropped (also where the privileged context does not need it, so
-            that runs that differ in their context only train on the same problems).
-    """
-
-    num_train: int | None
-    num_validation: int | None
-    val_fraction: float = 0.05
-    split_by: Literal["problem", "row"] = "problem"
-    max_prompt_tokens: int = 1024
-    max_privileged_tokens: int = 3072
-    keep_duplicates: bool = False
-    requires_solution: bool = True
-
-    def wanted(self, split: Split) -> int | None:
-        """Return how many problems of a split are wanted, None for all."""
-        return self.num_train if split == "train" else self.num_validation
-
-    def side(self, row: int, digest: bytes) -> Split:
-        """Return the split that a row belongs to."""
-        if self.num_train == 0:
-            return "validation"
-        if self.num_validation == 0:
-            return "train"
-        if self.split_by == "row":
-            digest = hashlib.sha256(f"{BY_ROW_SEED}:{row}".encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
-        return "validation" if share < self.val_fraction else "train"
-
-
-@dataclass
-class PreparationReport:
-    """What happened to every row that was read from one source.
-
-    Attributes:
-        source: the source's path.
-        rows_read: rows looked at; equals ``sum(dropped.values()) + sum(kept.values())``.
-        dropped: reason (see ``DROP_REASONS``) -> rows.
-        kept: split -> problems.
-        privileged_too_long: split -> kept problems whose privileged prompt is too long; when such a problem is a cliff
-            it cannot be distilled.
-        exhausted: the source ended before all wanted problems were found.
-    """
-
-    source: str
-    rows_read: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    kept: dict[str, int] = field(default_factory=dict)
-    privileged_too_long: dict[str, int] = field(default_factory=dict)
-    exhausted: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain containers for JSON."""
-        return asdict(self)
-
-    def table(self) -> list[tuple[str, int]]:
-        """Return the report as (what, count) lines, from rows read to problems kept."""
-        lines = [("rows read", self.rows_read)]
-        lines += [
-            (f"dropped: {text}", self.dropped[key]) for key, text in DROP_REASONS.items() if self.dropped.get(key)
-        ]
-        lines += [(f"kept for {split}", count) for split, count in self.kept.items()]
-        lines += [
-            (f"  of these ({split}) too long for a privileged prompt", n)
-            for split, n in self.privileged_too_long.items()
-        ]
-        return lines
-
-
-@dataclass
-class PreparedProblem:
-    """One kept problem. ``privileged_ids`` is empty where the privileged prompt is too long."""
-
-    split: Split
-    problem: str
-    answer: str
-    solution: str
-    source: str
+    problem: Problem
     prompt_ids: list[int]
     privileged_ids: list[int]
+    not_distilled: str | None
+
+
+class Dropped(NamedTuple):
+    """A row that was left out: its number in the source (from 1), a key of ``DROP_REASONS``, how the problem begins."""
+
+    row: int
+    reason: str
+    text: str
+
+
+class Collector:
+    """What was seen and kept of one problem set on the way through its source.
+
+    Args:
+        wanted: the set.
+        selection: what is kept.
+        held_out: digests of problems that are left out.
+
+    Attributes:
+        report: what happened to the rows so far.
+    """
+
+    def __init__(self, wanted: ProblemSet, selection: Selection, held_out: Set[bytes] = frozenset()) -> None:
+        self.wanted = wanted
+        self.report = PreparationReport(wanted.name, wanted.source.path)
+        self.keeps_duplicates = selection.keep_duplicates or not wanted.labelled
+        self._needs_solution = wanted.labelled and wanted.source.columns.solution is not None
+        self._held_out = held_out
+        self._seen: set[bytes] = set()
+
+    def full(self) -> bool:
+        """Return whether all wanted problems were found."""
+        return self.wanted.num_problems is not None and self.report.kept >= self.wanted.num_problems
+
+    def early_reason(self, problem: Problem, digest: bytes) -> str | None:
+        """Return why a row is dropped before anything costly is asked about it; None if it is not."""
+        if not problem.problem:
+            return "missing_problem"
+        if not _is_unicode(problem):
+            return "not_unicode"
+        if self._needs_solution and not problem.solution:
+            return "missing_solution"
+        if self.wanted.labelled and not problem.answer:
+            return "missing_answer"
+        if digest in self._held_out:
+            return "held_out"
+        return "duplicate" if digest in self._seen else None
+
+    def count(self, digest: bytes, result: PreparedProblem | Dropped) -> None:
+        """Add a row to the report."""
+        if isinstance(result, Dropped):
+            self.report.dropped[result.reason] += 1
+            return
+        self.report.kept += 1
+        if not self.keeps_duplicates:
+            self._seen.add(digest)
+        if result.not_distilled is not None:
+            self.report.not_distilled[result.not_distilled] += 1
+
+
+def _is_unicode(problem: Problem) -> bool:
+    """Whether all texts can be encoded: a lone surrogate, which JSON can spell, cannot."""
+    try:
+        "".join(problem[:5]).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Candidate(NamedTuple):
+    """A row (numbered from 0) that belongs to a set."""
+
+    row: int
+    problem: Problem
+    digest: bytes
+    collector: Collector
+
+    def early_reason(self) -> str | None:
+        return self.collector.early_reason(self.problem, self.digest)
 
 
 def prepare(
     rows: Iterable[Problem],
-    renderer: PromptRenderer,
+    collectors: Sequence[Collector],
     selection: Selection,
-    report: PreparationReport,
+    renderer: PromptRenderer,
     *,
-    parseable: Callable[[list[str]], list[bool]] | None = None,
-    held_out: frozenset[bytes] = frozenset(),
-    on_progress: Callable[[], None] | None = None,
+    usable: Callable[..., list[bool]] | None = None,
+    on_progress: Callable[[], None] = lambda: None,
     chunk_size: int = 512,
-) -> Iterator[PreparedProblem]:
-    """Yield the problems of a run in the source's order, and stop as soon as enough were found.
+) -> Iterator[tuple[Collector, PreparedProblem | Dropped]]:
+    """Go through a source once, and yield what becomes of the rows of each set; stop as soon as all sets are full.
+
+    A set's problems, drops and report do not depend on which other sets are collected on the way.
 
     Args:
         rows: the source.
-        renderer: renders both contexts.
+        collectors: one for each set; each row belongs to at most one.
         selection: what is kept.
-        report: completed in place while the rows are read.
-        parseable: tells which reference answers can be graded; None keeps all.
-        held_out: digests of problems that must not be trained on (those of a separate validation source).
+        renderer: renders both contexts.
+        usable: :meth:`hdpo.rewards.Verifier.usable`; None keeps all.
         on_progress: called after each chunk.
-        chunk_size: rows whose references are parsed together; does not change the result.
+        chunk_size: rows that are graded and rendered together; does not change the result.
     """
-    preparation = _Preparation(renderer, selection, report, held_out)
-    stream = enumerate(rows)
-    while not preparation.complete():
-        chunk = list(islice(stream, chunk_size))
+
+    def render(candidates: Sequence[_Candidate]) -> dict[int, PreparedProblem | str]:
+        return _render(candidates, selection, renderer, usable)
+
+    numbered = enumerate(rows)
+    while not all(collector.full() for collector in collectors):
+        chunk = list(islice(numbered, chunk_size))
         if not chunk:
-            report.exhausted = any(
-                selection.wanted(s) is not None and not preparation.full(s) for s in preparation.splits
-            )
-            break
-        graded = preparation.grade(chunk, parseable)
-        for row, problem in chunk:
-            if preparation.complete():
-                break
-            kept = preparation.decide(row, problem, graded)
-            if kept is not None:
-                yield kept
-        if on_progress is not None:
-            on_progress()
+            return
+        candidates = [_candidate(row, problem, collectors, selection) for row, problem in chunk]
+        # Of the rows of one problem the first is rendered; the others only if it turns out to be unusable.
+        first: dict[object, _Candidate] = {}
+        for candidate in candidates:
+            if candidate is not None and candidate.early_reason() is None:
+                first.setdefault(candidate.row if candidate.collector.keeps_duplicates else candidate.digest, candidate)
+        results = render(list(first.values()))
+        for candidate in candidates:
+            for collector in collectors:
+                collector.report.rows_read += not collector.full()
+            if candidate is None or candidate.collector.full():
+                continue
+            row, problem, digest, collector = candidate
+            found: PreparedProblem | str = candidate.early_reason() or results.get(row) or render([candidate])[row]
+            result = Dropped(row + 1, found, problem.problem[:80]) if isinstance(found, str) else found
+            collector.count(digest, result)
+            yield collector, result
+        on_progress()
 
 
-class _Preparation:
-    """The state of one pass over a source: what was seen, what is still wanted."""
+def _candidate(row: int, problem: Problem, collectors: Sequence[Collector], selection: Selection) -> _Candidate | None:
+    digest = problem_digest(problem.problem)
+    split = selection.split(row, digest)
+    for collector in collectors:
+        if collector.wanted.splits is None or split in collector.wanted.splits:
+            return _Candidate(row, problem, digest, collector)
+    return None
 
-    def __init__(
-        self, renderer: PromptRenderer, selection: Selection, report: PreparationReport, held_out: frozenset[bytes]
-    ) -> None:
-        self.renderer = renderer
-        self.selection = selection
-        self.report = report
-        self.held_out = held_out
-        splits: tuple[Split, ...] = ("train", "validation")
-        self.splits = tuple(split for split in splits if selection.wanted(split) != 0)
-        self.seen: dict[Split, set[bytes]] = {split: set() for split in self.splits}
-        report.kept = dict.fromkeys(self.splits, 0)
 
-    def full(self, split: Split) -> bool:
-        wanted = self.selection.wanted(split)
-        return wanted is not None and self.report.kept[split] >= wanted
+def _render(
+    candidates: Sequence[_Candidate],
+    selection: Selection,
+    renderer: PromptRenderer,
+    usable: Callable[..., list[bool]] | None,
+) -> dict[int, PreparedProblem | str]:
+    """Return, by row, the rendered problems, or the reasons why they are dropped."""
+    results: dict[int, PreparedProblem | str] = dict.fromkeys(_unusable(candidates, usable), "unusable")
+    for row, problem, *_ in candidates:
+        if renderer.holds_special_tokens(problem.problem, problem.solution, problem.answer, problem.context):
+            results.setdefault(row, "special_tokens")
+    left = [(c.row, c.problem) for c in candidates if c.row not in results]
+    problems = [problem.problem for _, problem in left]
+    contexts = [privileged_context(renderer.config, p.solution, p.answer, p.context) for _, p in left]
+    prompts = zip(left, renderer.students(problems), renderer.teachers(problems, contexts), strict=True)
+    for (row, problem), student, teacher in prompts:
+        if reason := _defect(student, selection.max_prompt_tokens, renderer):
+            results[row] = f"prompt_{reason}"
+        else:
+            defect = _defect(teacher, selection.max_privileged_tokens, renderer) if teacher else "no_context"
+            results[row] = PreparedProblem(problem, student, [] if defect else teacher, defect)
+    return results
 
-    def complete(self) -> bool:
-        return all(self.full(split) for split in self.splits)
 
-    def early_reason(self, row: int, problem: Problem) -> tuple[str | None, Split, bytes]:
-        """Return why a row is dropped before its answer is looked at (None if it is not), its split and its digest."""
-        digest = problem_digest(problem.problem)
-        split = self.selection.side(row, digest)
-        reason = None
-        if not problem.problem:
-            reason = "missing_problem"
-        elif not problem.solution and self.selection.requires_solution:
-            reason = "missing_solution"
-        elif not problem.answer:
-            reason = "missing_answer"
-        elif split == "train" and digest in self.held_out:
-            reason = "in_validation"
-        elif not self.selection.keep_duplicates and digest in self.seen[split]:
-            reason = "duplicate"
-        elif self.full(split):
-            reason = "surplus"
-        return reason, split, digest
+def _unusable(candidates: Sequence[_Candidate], usable: Callable[..., list[bool]] | None) -> list[int]:
+    """Return the rows whose reference answers the verifier cannot use."""
+    labelled = [c for c in candidates if c.collector.wanted.labelled]
+    if usable is None or not labelled:
+        return []
+    columns: dict[str, list[Any]] = {"prompts": [c.problem.problem for c in labelled]}
+    columns |= {name: [c.problem.extra[name] for c in labelled] for name in labelled[0].problem.extra}
+    verdicts = usable([c.problem.answer for c in labelled], **columns)
+    return [c.row for c, verdict in zip(labelled, verdicts, strict=True) if not verdict]
 
-    def grade(
-        self, chunk: list[tuple[int, Problem]], parseable: Callable[[list[str]], list[bool]] | None
-    ) -> dict[str, bool] | None:
-        """Parse the chunk's reference answers, each once; those of rows that are dropped anyway are left alone."""
-        if parseable is None:
-            return None
-        answers = list(dict.fromkeys(p.answer for row, p in chunk if self.early_reason(row, p)[0] is None))
-        return dict(zip(answers, parseable(answers), strict=True))
 
-    def decide(self, row: int, problem: Problem, graded: dict[str, bool] | None) -> PreparedProblem | None:
-        self.report.rows_read += 1
-        reason, split, digest = self.early_reason(row, problem)
-        if reason is None and graded is not None and not graded[problem.answer]:
-            reason = "unparseable"
-        if reason is None and self.renderer.holds_special_tokens(problem.problem, problem.solution, problem.answer):
-            reason = "special_tokens"
-        prompt_ids: list[int] = []
-        if reason is None:
-            prompt_ids = self.renderer.student(problem.problem)
-            if len(prompt_ids) > self.selection.max_prompt_tokens:
-                reason = "prompt_too_long"
-        if reason is not None:
-            self.report.dropped[reason] = self.report.dropped.get(reason, 0) + 1
-            return None
-        privileged_ids = self.renderer.privileged(problem.problem, problem.solution, problem.answer)
-        if len(privileged_ids) > self.selection.max_privileged_tokens:
-            privileged_ids = []
-            counts = self.report.privileged_too_long
-            counts[split] = counts.get(split, 0) + 1
-        self.seen[split].add(digest)
-        self.report.kept[split] += 1
-        return PreparedProblem(
-            split, problem.problem, problem.answer, problem.solution, problem.source, prompt_ids, privileged_ids
-        )
+def _defect(ids: Sequence[int], limit: int, renderer: PromptRenderer) -> str | None:
+    if len(ids) > limit:
+        return "too_long"
+    return None if renderer.is_closed(ids) else "merged"
+
+
+@contextmanager
+def show_progress(collectors: Sequence[Collector]) -> Iterator[Callable[[], None]]:
+    """Show on standard error how far a preparation is: a bar in a terminal, elsewhere a line every 15 seconds.
+
+    Yields:
+        The function that tells that the collectors' reports have changed.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    reports, wanted = [c.report for c in collectors], [c.wanted.num_problems for c in collectors]
+    total = None if None in wanted else sum(number or 0 for number in wanted)
+    title = f"Preparing {reports[0].source}"
+    counts = TextColumn("problems, {task.fields[rows]:,} rows read,")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), counts, TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total, rows=0)
+        started = last = time.monotonic()
+
+        def update() -> None:
+            nonlocal last
+            kept, rows = sum(report.kept for report in reports), max(report.rows_read for report in reports)
+            progress.update(task, completed=kept, rows=rows)
+            now = time.monotonic()
+            if not console.is_terminal and now - last >= SECONDS_BETWEEN_LINES:
+                last = now
+                goal = "" if total is None else f" of {total:,}"
+                line = f"{title}: {kept:,}{goal} problems, {rows:,} rows read in {now - started:.0f} s"
+                print(line, file=sys.stderr, flush=True)
+
+        yield update
+
+
+def report_table(reports: Sequence[PreparationReport]) -> Table:
+    """Return what happened to every row, as one table."""
+    from rich.table import Table
+
+    table = Table(title="Data preparation", title_justify="left")
+    for name in ("problems for", "rows of", "what"):
+        table.add_column(name)
+    table.add_column("count", justify="right")
+    for report in reports:
+        for position, (what, number) in enumerate(report.table()):
+            table.add_row(*(("", "") if position else (report.name, report.source)), what, f"{number:,}")
+        table.add_section()
+    return table

@@ -1,38 +1,40 @@
 """Pure tensor mathematics of HDPO; needs torch and nothing else."""
 
-from hdpo.functional.advantages import AdvantageScale, group_advantages
-from hdpo.functional.divergence import (
-    Tail,
-    topk_forward_kl,
-    topk_forward_kl_from_logps,
-    topk_jsd,
-    topk_jsd_from_logps,
-    topk_reverse_kl,
-    topk_reverse_kl_from_logps,
-)
-from hdpo.functional.logprobs import SelectedLogProbs, selected_logps, topk_logits
+from hdpo.functional.advantages import AdvantageScale, group_advantages, has_variance
+from hdpo.functional.logprobs import selected_logps, topk_logits
 from hdpo.functional.pass_at_k import any_of_k, pass_at_k
-from hdpo.functional.policy_loss import (
+from hdpo.functional.random import Purpose, derive_seeds, uniform
+from hdpo.functional.surrogate import (
     Aggregation,
-    PolicyLoss,
-    clipped_policy_loss,
+    ClippedSurrogate,
+    clipped_surrogate,
     k3_kl,
     loss_denominator,
     sampler_correction,
     token_weights,
 )
-from hdpo.functional.random import derive_seeds, uniform
+from hdpo.functional.topk_divergence import (
+    Tail,
+    topk_forward_kl,
+    topk_forward_kl_from_logps,
+    topk_generalized_jsd_from_logps,
+    topk_jsd,
+    topk_jsd_from_logps,
+    topk_reverse_kl,
+    topk_reverse_kl_from_logps,
+)
 
 __all__ = [
     "AdvantageScale",
     "Aggregation",
-    "PolicyLoss",
-    "SelectedLogProbs",
+    "ClippedSurrogate",
+    "Purpose",
     "Tail",
     "any_of_k",
-    "clipped_policy_loss",
+    "clipped_surrogate",
     "derive_seeds",
     "group_advantages",
+    "has_variance",
     "k3_kl",
     "loss_denominator",
     "pass_at_k",
@@ -41,6 +43,7 @@ __all__ = [
     "token_weights",
     "topk_forward_kl",
     "topk_forward_kl_from_logps",
+    "topk_generalized_jsd_from_logps",
     "topk_jsd",
     "topk_jsd_from_logps",
     "topk_logits",

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["AdvantageScale", "group_advantages"]
+__all__ = ["AdvantageScale", "group_advantages", "has_variance"]
 
 AdvantageScale = Literal["std", "none", "leave_one_out_std"]
 
@@ -19,8 +19,19 @@ def _others(rewards: Tensor) -> Tensor:
     return rewards[:, None, :].expand(-1, size, -1)[:, other].view(num_groups, size, size - 1)
 
 
-def group_advantages(rewards: Tensor, *, scale: AdvantageScale = "std") -> Tensor:
-    r"""Advantages of K rollouts a prompt against the mean reward of the K - 1 others.
+def has_variance(rewards: Tensor, valid: Tensor) -> Tensor:
+    """Whether a group's rewards differ: ``[B]`` bool.
+
+    Args:
+        rewards: ``[B, K]``.
+        valid: ``[B, K]`` bool, False for a rollout without a reward.
+    """
+    infinite = float("inf")
+    return rewards.masked_fill(~valid, -infinite).amax(-1) > rewards.masked_fill(~valid, infinite).amin(-1)
+
+
+def group_advantages(rewards: Tensor, valid: Tensor | None = None, *, scale: AdvantageScale = "std") -> Tensor:
+    r"""Advantages of K rollouts per prompt against the mean reward of the K - 1 others.
 
     .. math:: A_i = \Bigl(r_i - \frac{1}{K-1}\sum_{j \neq i} r_j\Bigr) / s
 
@@ -29,6 +40,8 @@ def group_advantages(rewards: Tensor, *, scale: AdvantageScale = "std") -> Tenso
 
     Args:
         rewards: ``[B, K]``, one group a row, K >= 2. Booleans and integers are taken as float32.
+        valid: ``[B, K]`` bool, False for a rollout without a reward (the verifier came to no verdict). It gets exactly
+            0 and is left out of mean and scale; a group with fewer than two others is no group. Default: all count.
         scale: the divisor ``s``.
             ``"std"``: the group's sample standard deviation, as in TRL and NeMo-RL with Bessel's correction (divisor
             K - 1). Nothing is added to it, since groups without variance are treated apart.
@@ -54,11 +67,17 @@ def group_advantages(rewards: Tensor, *, scale: AdvantageScale = "std") -> Tenso
         raise ValueError(f"advantage scale must be one of {', '.join(get_args(AdvantageScale))}, got {scale!r}")
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(
-            f"rewards must be [B, K] with K >= 2 rollouts a prompt, got {list(rewards.shape)}: "
+            f"rewards must be [B, K] with K >= 2 rollouts per prompt, got {list(rewards.shape)}: "
             "a single rollout has no others to be compared with"
         )
     if not rewards.is_floating_point():
         rewards = rewards.float()
+    if valid is not None and not valid.all():
+        advantages = torch.zeros_like(rewards)
+        for group, mask in enumerate(valid):
+            if mask.sum() >= 2:
+                advantages[group, mask] = group_advantages(rewards[group : group + 1, mask], scale=scale)[0]
+        return advantages
     if not rewards.isfinite().all():
         raise ValueError("rewards must be finite, got NaN or infinity")
     others = _others(rewards)
@@ -68,8 +87,8 @@ def group_advantages(rewards: Tensor, *, scale: AdvantageScale = "std") -> Tenso
     elif scale == "leave_one_out_std":
         advantages = advantages / _safe_std(others)
     # Equality is tested on the rewards: a rounded mean or std of equal numbers need not be exact.
-    has_variance = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
-    return torch.where(has_variance, advantages, torch.zeros_like(advantages))
+    varied = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
+    return torch.where(varied, advantages, torch.zeros_like(advantages))
 
 
 def _safe_std(values: Tensor) -> Tensor:

@@ -7,34 +7,22 @@ is applied to a chunk of positions at a time, reduced at once, and recomputed ch
 
 Why no library's kernel: Liger's fused losses are written in Triton, for GPUs only. torch's chunked
 ``linear_cross_entropy`` (2.13) computes the gradient in the forward pass, for one weight common to all tokens, where a
-policy gradient has an advantage and a clip a token. TRL's chunked log-probabilities are private to its trainer, and
+policy gradient has an advantage and a clip per token. TRL's chunked log-probabilities are private to its trainer, and
 take several times the memory (benchmarks/RESULTS.md). None gathers a teacher's top k.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["SelectedLogProbs", "chunk_rows", "selected_logps", "topk_logits"]
+__all__ = ["chunk_rows", "selected_logps", "topk_logits"]
 
 #: Default bound on the elements of one chunk of logits: 2^25 float32 numbers are 128 MiB.
 CHUNK_ELEMENTS = 1 << 25
-
-
-class SelectedLogProbs(NamedTuple):
-    """Log-probabilities at selected ids, and the entropy of the whole distribution.
-
-    Attributes:
-        logps: ``[M, S]`` float32, nats.
-        entropies: ``[M]`` float32, nats, without gradient; None unless asked for.
-    """
-
-    logps: Tensor
-    entropies: Tensor | None
 
 
 def chunk_rows(vocab_size: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
@@ -69,30 +57,24 @@ class _SelectedLogProbs(torch.autograd.Function):
         ids: Tensor,
         temperature: float,
         rows: int,
-        with_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logps = torch.empty(ids.shape, dtype=accumulate, device=hidden.device)
         logsumexps = torch.empty(len(hidden), dtype=accumulate, device=hidden.device)
-        entropies = torch.empty(len(hidden) if with_entropy else 0, dtype=accumulate, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 logits = _logits(hidden[part], weight, bias, temperature)
                 logsumexps[part] = lse = logits.logsumexp(-1)
                 logps[part] = logits.gather(-1, ids[part]) - lse[:, None]
-                if with_entropy:
-                    # H = logsumexp - sum_v p_v * logit_v, in place: the chunk is not needed any more.
-                    entropies[part] = lse - (logits.sub(lse[:, None]).exp_().mul_(logits)).sum(-1)
                 del logits
         ctx.save_for_backward(hidden, weight, bias, ids, logsumexps)
         ctx.temperature, ctx.rows = temperature, rows
-        ctx.mark_non_differentiable(entropies)
-        return logps, entropies
+        return logps
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, logsumexps = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -126,7 +108,6 @@ class _SelectedLogProbs(torch.autograd.Function):
             None,
             None,
             None,
-            None,
         )
 
 
@@ -137,9 +118,8 @@ def selected_logps(
     ids: Tensor,
     *,
     temperature: float = 1.0,
-    with_entropy: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
-) -> SelectedLogProbs:
+) -> Tensor:
     """Log-probabilities of selected tokens under ``softmax((hidden @ weight.T + bias) / temperature)``.
 
     Args:
@@ -148,7 +128,6 @@ def selected_logps(
         bias: ``[V]`` or None.
         ids: ``[M, S]`` int64 token ids; S = 1 for sampled tokens, S = k for a teacher's top k.
         temperature: softmax temperature, > 0.
-        with_entropy: also return the entropy of each position's distribution (without gradient).
         chunk_elements: bound on the elements of one chunk of logits. The result does not depend on it.
 
     Returns:
@@ -161,14 +140,14 @@ def selected_logps(
         >>> h, w = torch.randn(5, 4, dtype=torch.double), torch.randn(11, 4, dtype=torch.double)
         >>> ids = torch.randint(11, (5, 2))
         >>> out = selected_logps(h, w, None, ids, chunk_elements=22)
-        >>> torch.allclose(out.logps, (h @ w.T).log_softmax(-1).gather(-1, ids))
+        >>> torch.allclose(out, (h @ w.T).log_softmax(-1).gather(-1, ids))
         True
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     rows = chunk_rows(len(weight), chunk_elements)
-    logps, entropies = _SelectedLogProbs.apply(hidden, weight, bias, ids, temperature, rows, with_entropy)
-    return SelectedLogProbs(logps, entropies if with_entropy else None)
+    logps: Tensor = _SelectedLogProbs.apply(hidden, weight, bias, ids, temperature, rows)
+    return logps
 
 
 @torch.no_grad()

@@ -26,9 +26,9 @@ def pass_at_k(num_samples: int | Tensor, num_correct: int | Tensor, k: int) -> f
     It is the share of all k-subsets of the n samples that hold a correct one. The product never forms a large binomial.
 
     Args:
-        num_samples: n, samples a problem. An integer, or a tensor broadcastable with ``num_correct``.
+        num_samples: n, samples per problem. An integer, or a tensor broadcastable with ``num_correct``.
         num_correct: c, correct ones among them.
-        k: how many samples a problem may use, 1 <= k <= n.
+        k: how many samples per problem may use, 1 <= k <= n.
 
     Returns:
         A float for integers; for tensors a float64 tensor of the broadcast shape (float32 on MPS, where there is no
@@ -52,7 +52,7 @@ def pass_at_k(num_samples: int | Tensor, num_correct: int | Tensor, k: int) -> f
         raise ValueError(f"pass@k needs k >= 1, got k = {k}")
     if n.numel() and k > int(n.min()):
         raise ValueError(
-            f"pass@{k} needs at least {k} samples a problem, got {int(n.min())}: sample more, or leave k = {k} out"
+            f"pass@{k} needs at least {k} samples per problem, got {int(n.min())}: sample more, or leave k = {k} out"
         )
     if ((c < 0) | (c > n)).any():
         raise ValueError("num_correct must be between 0 and num_samples")

@@ -5,10 +5,23 @@ That is what makes a resumed run exact and the samples independent of batch comp
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
 
-__all__ = ["derive_seeds", "uniform"]
+__all__ = ["Purpose", "derive_seeds", "uniform"]
+
+
+class Purpose(IntEnum):
+    """What random numbers are for; part of every derived seed, so that no two purposes share a stream."""
+
+    ROLLOUT = 1
+    PRIVILEGED = 2
+    EVALUATION = 3
+    RESAMPLING = 4
+    PROBLEM_ORDER = 0x5A3
+
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer (2^64 / golden ratio)
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9

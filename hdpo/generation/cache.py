@@ -7,6 +7,7 @@ overwritten by the right one.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -77,7 +78,8 @@ class SlotCache(Cache):
     """
 
     def __init__(self, num_layers: int, width: int, limit: int) -> None:
-        super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
+        # Layers that held the cache itself would keep it alive, all its memory with it, until Python looks for cycles.
+        super().__init__(layers=[_SlotLayer(weakref.proxy(self)) for _ in range(num_layers)])
         self.used, self.limit = width, limit
         self.capacity = min(limit, width + _SPARE)
         self.cells: Tensor | None = None

@@ -66,7 +66,16 @@ class GenerationEngine(ABC):
         """Number of times the engine has taken over weights; it stays 0 where policy and engine share their weights."""
         return 0
 
-    def after_rollouts(self) -> None:  # noqa: B027 - optional
+    def held_weights(self) -> dict[str, Tensor]:
+        """Show some of the weights that are sampled from, for a comparison with the policy's.
+
+        Returns:
+            The policy's name of a parameter -> its first rows (a vector's first elements) as the engine holds them, in
+            its own dtype. Empty where policy and engine share their weights, or where there is nothing to show.
+        """
+        return {}
+
+    def release_memory(self) -> None:  # noqa: B027 - optional
         """Called when the step has no more to sample: an engine may free memory for the update."""
 
     def close(self) -> None:  # noqa: B027 - optional

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdpo.attention import MASKED_KINDS, attention_kinds, attention_masks, grouped_attention
 from hdpo.distributed import gathered_parameters
+from hdpo.errors import ConfigError, check_at_least
 from hdpo.experience import Completions
 from hdpo.functional.random import uniform
 from hdpo.generation.cache import SlotCache
 from hdpo.generation.drafts import Drafts
 from hdpo.generation.engine import GenerationEngine, SamplingConfig
 from hdpo.policy import Policy
+from hdpo.policy.attention import MASKED_KINDS, attention_kinds, attention_masks, grouped_attention
 
 __all__ = ["TransformersEngine"]
 
@@ -38,13 +39,15 @@ class TransformersEngine(GenerationEngine):
         max_sequences: bound on the completions that are decoded at the same time (it bounds the cache's memory).
         compaction: finished rows are dropped when they make up at least this share of the batch.
         use_drafts: guess tokens from drafts where a caller gives some; the completions are the same without.
+
+    Raises:
+        ConfigError: a value outside its range; the message names the key.
     """
 
     def __init__(self, max_sequences: int = 512, compaction: float = 0.125, use_drafts: bool = True) -> None:
-        if max_sequences < 1:
-            raise ValueError(f"model.engine.max_sequences must be at least 1, got {max_sequences}")
+        check_at_least(1, model__engine__max_sequences=max_sequences)
         if not 0 < compaction <= 1:
-            raise ValueError(f"model.engine.compaction must be in (0, 1], got {compaction}")
+            raise ConfigError(f"model.engine.compaction must be in (0, 1], got {compaction}")
         self.max_sequences = max_sequences
         self.compaction = compaction
         self.use_drafts = use_drafts
@@ -61,7 +64,7 @@ class TransformersEngine(GenerationEngine):
         """See :meth:`GenerationEngine.generate`.
 
         Raises:
-            ValueError: the policy has layers that are neither full nor sliding attention.
+            ConfigError: the policy has layers that are neither full nor sliding attention.
         """
         num_prompts, num_samples = seeds.shape
         width = sampling.max_new_tokens
@@ -151,7 +154,7 @@ class _Wave:
         kinds = attention_kinds(policy.model)
         unknown = sorted(set(kinds) - MASKED_KINDS)
         if unknown:
-            raise ValueError(
+            raise ConfigError(
                 f"the transformers engine cannot decode a {policy.model.config.model_type} with layers of kind "
                 f"{', '.join(unknown)}; choose hdpo.generation.VLLMEngine"
             )
@@ -197,7 +200,7 @@ class _Wave:
         places = (self.ends[:, None] - 1 + torch.arange(numbers.shape[1], device=device)).clamp_max(width - 1)
         hidden = hidden[prompts[:, None], places]
         self.cache.select(prompts.repeat_interleave(self.repeats))
-        # All samples of a prompt draw from one distribution a position.
+        # All samples of a prompt draw from one distribution per position.
         drawn = self._draw(hidden.flatten(0, 1), numbers.reshape(shape).transpose(1, 2).flatten(0, 1))
         tokens, logps = (x.view(len(rows), -1, self.repeats).transpose(1, 2).flatten(0, 1) for x in drawn)
         return tokens, logps
@@ -324,7 +327,7 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Tensor, T
 
     Args:
         logits: ``[R, V]``.
-        numbers: ``[R]`` float64 in [0, 1), see :func:`hdpo.functional.random.uniform`; ``[R, K]`` for K tokens a row.
+        numbers: ``[R]`` float64 in [0, 1), see :func:`hdpo.functional.random.uniform`; ``[R, K]`` for K tokens per row.
         temperature: 0 takes the most likely token.
 
     Returns:

@@ -22,15 +22,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hdpo.distributed import all_max, gather_objects, world_size
+from hdpo.distributed import all_max, gather_objects, reshard, world_size
+from hdpo.errors import ConfigError, TrainingStopped, check_at_least, check_positive
 from hdpo.experience import Completions
 from hdpo.generation.engine import GenerationEngine, SamplingConfig
 from hdpo.generation.isolation import apart_from_training, process_state_kept
-from hdpo.generation.weights import named_weights, reshard, weights_fingerprint
+from hdpo.generation.vllm_requests import check_lengths, completions_of, requests_of
+from hdpo.generation.vllm_weights import first_rows, weights_all_loaded
+from hdpo.generation.weights import named_weights, weights_fingerprint
 from hdpo.policy import Policy
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput
+    from vllm import LLM
 
 __all__ = ["VLLMEngine"]
 
@@ -49,7 +52,7 @@ _ENVIRONMENT = {
 
 
 class VLLMEngine(GenerationEngine):
-    """Samples with vLLM, colocated with the trainer: one engine a rank.
+    """Samples with vLLM, colocated with the trainer: one engine per rank.
 
     A sample depends on its own prompt, seed and the weights. In float32 that holds token for token; in 16 bits vLLM's
     kernels round differently for different batches, unless ``VLLM_BATCH_INVARIANT=1`` is set.
@@ -72,8 +75,8 @@ class VLLMEngine(GenerationEngine):
         engine_args: further keyword arguments of ``vllm.LLM``, as they are.
 
     Raises:
-        ValueError: a value outside its range, or a combination that cannot work; the message names the key.
-        ImportError: vLLM is not installed.
+        ConfigError: a value outside its range, a combination that cannot work, or vLLM is not installed; the message
+            names the key.
     """
 
     def __init__(
@@ -89,25 +92,23 @@ class VLLMEngine(GenerationEngine):
         untie_embeddings: bool = True,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
-        for key, value in (
-            ("tensor_parallel_size", tensor_parallel_size),
-            ("max_model_len", max_model_len),
-            ("max_num_seqs", max_num_seqs),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"model.engine.{key} must be at least 1, got {value}")
+        check_at_least(
+            1,
+            model__engine__tensor_parallel_size=tensor_parallel_size,
+            model__engine__max_model_len=max_model_len,
+            model__engine__max_num_seqs=max_num_seqs,
+        )
+        check_positive(model__engine__kv_cache_gib=kv_cache_gib)
         if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"model.engine.gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}")
-        if kv_cache_gib is not None and kv_cache_gib <= 0:
-            raise ValueError(f"model.engine.kv_cache_gib must be positive, got {kv_cache_gib}")
+            raise ConfigError(f"model.engine.gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}")
         if free_memory_during_update:
             _refuse_expandable_segments(os.environ)
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
-            raise ValueError(
+            raise ConfigError(
                 "VLLM_ENABLE_V1_MULTIPROCESSING is set, but the engine must run in the training process: unset it"
             )
         if importlib.util.find_spec("vllm") is None:
-            raise ImportError("hdpo.generation.VLLMEngine needs vLLM: pip install hdpo[vllm]")
+            raise ConfigError("hdpo.generation.VLLMEngine needs vLLM: pip install hdpo[vllm]")
         self.tensor_parallel_size = tensor_parallel_size
         self.gpu_memory_utilization = gpu_memory_utilization
         self.kv_cache_gib = kv_cache_gib
@@ -139,11 +140,11 @@ class VLLMEngine(GenerationEngine):
         Under FSDP2 and tensor parallelism all ranks must call it together.
 
         Raises:
-            ValueError: a temperature or a length that vLLM would silently change.
+            ConfigError: a temperature or a length that vLLM would silently change.
         """
         lowest, highest = _TEMPERATURES
         if sampling.temperature != 0 and not lowest <= sampling.temperature <= highest:
-            raise ValueError(
+            raise ConfigError(
                 f"vLLM samples at temperatures from {lowest} to {highest}; the temperature of rollouts or distillation "
                 f"is {sampling.temperature}"
             )
@@ -153,10 +154,10 @@ class VLLMEngine(GenerationEngine):
             own = slice(0, len(prompts))
             if self.tensor_parallel_size > 1:
                 prompts, seeds, own = self._of_all_sharing_ranks(prompts, seeds)
-            _check_lengths(prompts, sampling, llm.model_config.max_model_len)
-            outputs = llm.generate(*_requests(prompts, seeds, sampling), use_tqdm=False) if seeds.numel() else []
+            check_lengths(prompts, sampling, llm.model_config.max_model_len)
+            outputs = llm.generate(*requests_of(prompts, seeds, sampling), use_tqdm=False) if seeds.numel() else []
         num_samples = seeds.shape[1]
-        return _completions(
+        return completions_of(
             outputs[own.start * num_samples : own.stop * num_samples],
             (own.stop - own.start, num_samples),
             policy.device,
@@ -166,7 +167,14 @@ class VLLMEngine(GenerationEngine):
         """Number of times the policy's weights were streamed into the engine."""
         return self._num_syncs
 
-    def after_rollouts(self) -> None:
+    def held_weights(self) -> dict[str, Tensor]:
+        """See :meth:`GenerationEngine.held_weights`; empty where several ranks share the engine."""
+        if self._llm is None or self._asleep or self.tensor_parallel_size > 1:
+            return {}
+        (held,) = self._llm.collective_rpc(first_rows)
+        return held
+
+    def release_memory(self) -> None:
         """Give the GPU memory back for the update, if ``free_memory_during_update``."""
         if self._llm is not None and not self._asleep and self._can_sleep():
             self._llm.sleep(level=1)
@@ -212,8 +220,13 @@ class VLLMEngine(GenerationEngine):
             return
         self._fingerprint = None  # until all of the weights have arrived
         weights = named_weights(policy, dtype, untie_embeddings=self.untie_embeddings)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self._llm.reset_prefix_cache()
+        with weights_all_loaded():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self._llm.reset_prefix_cache():
+            raise TrainingStopped(
+                "vLLM could not drop its prefix cache after taking over new weights: completions would continue "
+                "prompts that the old weights have read"
+            )
         self._fingerprint = fingerprint
         self._num_syncs += 1
 
@@ -263,18 +276,18 @@ class VLLMEngine(GenerationEngine):
             arguments["kv_cache_memory_bytes"] = int(cache * 2**30)
         taken = sorted(self.engine_args.keys() & arguments.keys())
         if taken:
-            raise ValueError(f"model.engine.engine_args must not hold {', '.join(taken)}: the engine sets them itself")
+            raise ConfigError(f"model.engine.engine_args must not hold {', '.join(taken)}: the engine sets them itself")
         return {**arguments, **self.engine_args}
 
     def _start(self, policy: Policy, dtype: torch.dtype) -> LLM:
         """Start vLLM with the policy's architecture and random weights."""
         if world_size() % self.tensor_parallel_size:
-            raise ValueError(
+            raise ConfigError(
                 f"model.engine.tensor_parallel_size is {self.tensor_parallel_size}, which does not divide the "
                 f"{world_size()} processes of this run: neighbouring ranks share an engine"
             )
         if policy.device.type == "cuda" and policy.device.index and not dist.is_initialized():
-            raise ValueError(
+            raise ConfigError(
                 f"vLLM in a single process uses the first visible GPU, but the policy is on {policy.device}: set "
                 f"CUDA_VISIBLE_DEVICES={policy.device.index} and trainer.devices to 1"
             )
@@ -318,71 +331,6 @@ def _write_config(policy: Policy, folder: str, *, untie_embeddings: bool) -> Non
     config.save_pretrained(folder)
 
 
-# ---------------------------------------------------------------------- requests and answers
-
-
-def _check_lengths(prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_model_len: int) -> None:
-    longest = max(map(len, prompts), default=0)
-    if longest + sampling.max_new_tokens > max_model_len:
-        raise ValueError(
-            f"a prompt of {longest} tokens and a completion of up to {sampling.max_new_tokens} exceed the engine's "
-            f"{max_model_len} tokens: raise model.engine.max_model_len (up to what the policy was made for), or lower "
-            "max_new_tokens of rollouts or distillation, or data.max_prompt_tokens or data.max_privileged_tokens"
-        )
-
-
-def _requests(prompts: Sequence[Sequence[int]], seeds: Tensor, sampling: SamplingConfig) -> tuple[list[Any], list[Any]]:
-    """One request a sample, each with a seed of its own; vLLM's prefix cache reads a group's prompt once."""
-    from vllm import SamplingParams
-
-    requests, parameters = [], []
-    for prompt, group in zip(prompts, seeds.tolist(), strict=True):
-        for seed in group:
-            requests.append({"prompt_token_ids": list(prompt)})
-            parameters.append(
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    # The full distribution.
-                    top_p=1.0,
-                    top_k=0,
-                    min_p=0.0,
-                    seed=seed & (2**63 - 1),  # vLLM takes -1 for no seed
-                    max_tokens=sampling.max_new_tokens,
-                    stop_token_ids=list(sampling.eos_token_ids),
-                    ignore_eos=True,  # the config's, so that ours alone end a completion
-                    detokenize=False,
-                    logprobs=0,
-                    flat_logprobs=True,
-                )
-            )
-    return requests, parameters
-
-
-def _completions(outputs: Sequence[RequestOutput], shape: tuple[int, int], device: torch.device) -> Completions:
-    """Pad vLLM's answers, one a sample, to ``[N, S, T]``."""
-    results = [output.outputs[0] for output in outputs]
-    width = max((len(result.token_ids) for result in results), default=1)
-    num = len(results)
-    ids = torch.zeros(num, width, dtype=torch.int64)
-    mask = torch.zeros(num, width, dtype=torch.bool)
-    logps = torch.zeros(num, width)
-    truncated = torch.zeros(num, dtype=torch.bool)
-    for i, result in enumerate(results):
-        if result.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a completion with {result.finish_reason!r} instead of 'stop' or 'length'")
-        length = len(result.token_ids)
-        ids[i, :length] = torch.tensor(result.token_ids)
-        mask[i, :length] = True
-        logps[i, :length] = torch.tensor(result.logprobs.logprobs)
-        truncated[i] = result.finish_reason == "length"
-    return Completions(
-        ids.view(*shape, width).to(device),
-        mask.view(*shape, width).to(device),
-        logps.view(*shape, width).to(device),
-        truncated.view(shape).to(device),
-    )
-
-
 def _keep_process_group() -> None:
     """Let vLLM's shutdown end torch.distributed only where vLLM initialised it.
 
@@ -398,7 +346,7 @@ def _keep_process_group() -> None:
 def _refuse_expandable_segments(environment: Mapping[str, str]) -> None:
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         if "expandable_segments:true" in environment.get(name, "").lower().replace(" ", ""):
-            raise ValueError(
+            raise ConfigError(
                 f"{name} has expandable_segments:True, which the memory pool of vLLM's sleep mode cannot share: unset "
                 "it, or set model.engine.free_memory_during_update to false"
             )

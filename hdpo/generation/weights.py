@@ -9,26 +9,12 @@ from torch import Tensor
 
 from hdpo.policy import Policy
 
-__all__ = ["named_weights", "reshard", "weights_fingerprint"]
+__all__ = ["named_weights", "weight_rows", "weights_fingerprint"]
 
 #: Bound on the elements that are summed at once, since a sum of 16-bit numbers in 64 bits needs a copy.
 _FINGERPRINT_ELEMENTS = 1 << 24
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def reshard(policy: Policy) -> bool:
-    """Shard an FSDP2 policy's gathered parameters again (its root stays gathered after a forward pass).
-
-    Returns:
-        Whether the policy is sharded at all.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
-    for unit in units:
-        unit.reshard()
-    return bool(units)
 
 
 def weights_fingerprint(policy: Policy) -> tuple[int, ...]:
@@ -80,3 +66,11 @@ def named_weights(
         if name not in seen:
             full_tensor = getattr(head.weight, "full_tensor", None)
             yield name, (head.weight if full_tensor is None else full_tensor()).detach().to(dtype)
+
+
+@torch.no_grad()
+def weight_rows(policy: Policy, name: str, num_rows: int) -> Tensor:
+    """Return the first rows of one of the policy's parameters; under FSDP2 a collective."""
+    parameter = policy.model.get_parameter(name).detach()
+    full_tensor = getattr(parameter, "full_tensor", None)
+    return (parameter if full_tensor is None else full_tensor())[:num_rows]

@@ -125,7 +125,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the demo; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m hdpo.lab.demo", description=__doc__)
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, 0, 1, ... (default 1)")
-    parser.add_argument("--config", default="configs/lab.yaml", help="configuration of both runs")
+    parser.add_argument("--config", default="lab", help="configuration of both runs")
     parser.add_argument("--out", default="runs/demo", help="folder of the runs, summary.json and demo.png")
     parser.add_argument("overrides", nargs="*", help="more arguments for both runs, after --")
     options = parser.parse_args(args)
@@ -158,7 +158,7 @@ written: {out / "summary.json"}, {out / "demo.png"} and a TensorBoard run for ea
 what to try next:
   .venv/bin/tensorboard --logdir {out}                     curves and sample texts
   make demo SEEDS=3                                        is it noise?
-  .venv/bin/python -m hdpo report {out}                    paired tests, problem by problem
+  .venv/bin/python -m hdpo report {out}                    intervals and tests over seeds
   .venv/bin/python -m hdpo fit --config configs/lab.yaml --model.distillation_weight 0.1
   .venv/bin/python -m hdpo fit --config configs/lab.yaml --config configs/teacher/frozen.yaml
   .venv/bin/python -m hdpo fit --config configs/hdpo.yaml  your policy and your data: see README.md"""

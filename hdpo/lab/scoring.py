@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,25 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hdpo.data.prompts import PromptRenderer
+from hdpo.functional import pass_at_k
 from hdpo.lab.problems import NUM_TIERS, rows
 from hdpo.lab.warmup import LAB_PROMPTS
+from hdpo.rewards.boxed import last_boxed
 
-__all__ = ["boxed_answer", "contexts", "sample", "score_policy", "unbiased_pass_at_k"]
+__all__ = ["contexts", "sample", "score_policy"]
 
 MAX_NEW_TOKENS = 72
-
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-
-
-def boxed_answer(text: str) -> str | None:
-    r"""Return what the last ``\boxed{}`` of a completion holds; None without one.
-
-    Example:
-        >>> boxed_answer("6*3=18. So \\boxed{18}")
-        '18'
-    """
-    found = _BOXED.findall(text)
-    return found[-1].strip() if found else None
 
 
 def contexts(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> dict[str, list[int]]:
@@ -93,19 +81,12 @@ def _chunks(items: Sequence[list[int]], size: int) -> Iterator[Sequence[list[int
         yield items[start : start + size]
 
 
-def unbiased_pass_at_k(correct: Tensor, k: int) -> float:
-    """Return the mean over problems of 1 - C(n - c, k) / C(n, k), for ``correct`` ``[problems, n]`` bool."""
-    n = correct.shape[1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be between 1 and the {n} samples a problem, got {k}")
-    wrong = n - correct.sum(1, keepdim=True).double()
-    # C(n - c, k) / C(n, k) is the chance that k draws without replacement are all wrong.
-    draws = torch.arange(k, dtype=torch.float64)
-    return 1 - ((wrong - draws).clamp(min=0) / (n - draws)).prod(1).mean().item()
-
-
 def _correct(texts: list[list[str]], answers: list[str]) -> Tensor:
-    return torch.tensor([[boxed_answer(t) == a for t in group] for group, a in zip(texts, answers, strict=True)])
+    return torch.tensor([[last_boxed(t) == a for t in group] for group, a in zip(texts, answers, strict=True)])
+
+
+def _mean_pass_at_k(correct: Tensor, k: int) -> float:
+    return pass_at_k(correct.shape[1], correct.sum(1), k).mean().item()
 
 
 def score_policy(
@@ -146,8 +127,8 @@ def score_policy(
         )
         told = _correct(sample(policy, tokenizer, [p["answer"] for p in prompts], num_samples=4), answers)
         values = {
-            "pass@1": unbiased_pass_at_k(plain, 1),
-            "pass@8": unbiased_pass_at_k(plain, 8),
+            "pass@1": _mean_pass_at_k(plain, 1),
+            "pass@8": _mean_pass_at_k(plain, 8),
             "greedy": greedy.double().mean().item(),
             "privileged": kept.double().mean().item(),
             "copied": (same & kept).sum().item() / max(1, kept.sum().item()),

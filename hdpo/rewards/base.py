@@ -1,37 +1,41 @@
-"""What a verifier is: completions and reference answers in, one grade each out."""
+"""The verifier's interface: completions and reference answers in, one grade per completion out."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-__all__ = ["CompletedGrades", "Grade", "Outcome", "PendingGrades", "Verifier", "VerifierError", "check_pairs"]
+__all__ = ["Grade", "Outcome", "PendingGrades", "Verifier", "VerifierError", "check_pairs", "source_hash"]
 
 
 class Outcome(StrEnum):
-    """How the grading of one completion ended. Only ``WRONG`` is a verdict against the answer.
+    """How the grading of one completion ended.
 
-    The others say that there was nothing to judge, or that judging failed; they are told apart so that a broken
-    checker can never pass for a policy that answers wrongly.
+    ``CORRECT``, ``WRONG`` and ``NO_ANSWER`` are verdicts on the completion. With the others there is no verdict, so
+    that a broken checker can never pass for a policy that answers wrongly.
     """
 
     CORRECT = "correct"
-    """The answer is equivalent to the reference."""
+    """The completion solves the problem."""
     WRONG = "wrong"
-    """There is an answer, and it is not equivalent to the reference."""
+    """There is an answer, and it does not solve the problem."""
     NO_ANSWER = "no_answer"
-    """The completion holds no final answer."""
+    """The completion commits itself to no final answer."""
     TIMEOUT = "timeout"
-    """Grading did not end before the deadline."""
+    """Grading did not end before its deadline."""
     ERROR = "error"
-    """Grading failed: an exception, too much memory, or a crash of the worker."""
+    """Grading failed: an exception, too much memory, or a worker that crashed."""
     INVALID_REFERENCE = "invalid_reference"
-    """The reference answer cannot be understood, so that no answer to it can be judged."""
+    """The reference cannot be understood, so that no answer can be judged against it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Grade:
 
     Attributes:
         outcome: how grading ended.
-        reward: R(x, y) of the paper's section 2, in [0, 1]; 0 for every outcome but ``CORRECT``.
+        reward: R(x, y) of the paper's section 2; 1 for ``CORRECT`` and 0 otherwise, unless the verifier says so.
         detail: for a person to read, mostly what went wrong; may be empty.
     """
 
@@ -53,93 +57,95 @@ class VerifierError(RuntimeError):
     """The verifier itself cannot work (for example, no worker process starts). No grade was given."""
 
 
-class PendingGrades(ABC):
-    """Grades on their way; see :meth:`Verifier.submit`."""
+class PendingGrades:
+    """Grades, some of which may still be on their way; see :meth:`Verifier.submit`.
 
-    @abstractmethod
+    Args:
+        grades: one per completion, in their order.
+        owner: kept alive until the grades are; a verifier that is garbage ends its workers.
+    """
+
+    def __init__(self, grades: Sequence[Grade | Future[Grade]], owner: Verifier | None = None) -> None:
+        self._grades = grades
+        self._owner = owner
+
     def result(self) -> list[Grade]:
         """Wait until all are graded, and return them in the order of the completions.
 
         Raises:
             VerifierError: the verifier failed or was closed before all were graded.
         """
+        return [grade if isinstance(grade, Grade) else grade.result() for grade in self._grades]
 
-    @abstractmethod
     def done(self) -> bool:
         """Whether :meth:`result` would return at once."""
-
-
-class CompletedGrades(PendingGrades):
-    """Grades that are there already.
-
-    Args:
-        grades: in the order of the completions.
-    """
-
-    def __init__(self, grades: list[Grade]) -> None:
-        self._grades = grades
-
-    def result(self) -> list[Grade]:
-        """Return the grades."""
-        return self._grades
-
-    def done(self) -> bool:
-        """Return True."""
-        return True
+        return all(isinstance(grade, Grade) or grade.done() for grade in self._grades)
 
 
 class Verifier(ABC):
-    """Decides whether completions answer their problems correctly.
+    """Decides whether completions solve their problems.
 
-    A verifier of your own needs :meth:`grade` and :meth:`parseable`; the rest has defaults. It is a context manager,
+    A verifier of your own needs :meth:`grade` and :meth:`usable`; the rest has defaults. It is a context manager,
     starts at its first use and may be used again after :meth:`close`.
 
-    Attributes:
-        counters: number of completions graded so far, by outcome (``counters["timeout"]``), and what else a verifier
-            counts about itself. A subclass with an ``__init__`` calls ``super().__init__()``.
+    ``columns`` are keyword arguments with one value per completion (per reference in :meth:`usable`): ``prompts``, the
+    problem texts, and the columns that ``data.source.columns.extra`` names.
 
     Example:
         >>> class LastWord(Verifier):
-        ...     def grade(self, completions, references):
-        ...         check_pairs(completions, references)
+        ...     def grade(self, completions, references, **columns):
+        ...         check_pairs(completions, references, **columns)
         ...         right = [c.split()[-1] == r for c, r in zip(completions, references)]
         ...         return [Grade(Outcome.CORRECT, 1.0) if r else Grade(Outcome.WRONG, 0.0) for r in right]
-        ...     def parseable(self, references):
+        ...     def usable(self, references, **columns):
         ...         return [bool(r) for r in references]
         >>> with LastWord() as verifier:
         ...     [grade.reward for grade in verifier.grade(["so it is 5", "perhaps 6"], ["5", "5"])]
         [1.0, 0.0]
     """
 
-    def __init__(self) -> None:
-        self.counters: Counter[str] = Counter({outcome.value: 0 for outcome in Outcome})
-
     @abstractmethod
-    def grade(self, completions: Sequence[str], references: Sequence[str]) -> list[Grade]:
-        """Grade completions against their reference answers.
+    def grade(self, completions: Sequence[str], references: Sequence[str], **columns: Sequence[Any]) -> list[Grade]:
+        """Grade completions against their references.
 
         Args:
             completions: N completions, as decoded text.
             references: N reference answers.
+            columns: N values each.
 
         Returns:
             N grades in the same order.
         """
 
     @abstractmethod
-    def parseable(self, references: Sequence[str | None]) -> list[bool]:
-        """Whether an answer could be judged against each reference; None never can.
+    def usable(self, references: Sequence[str | None], **columns: Sequence[Any]) -> list[bool]:
+        """Which problems can be graded at all.
 
-        A problem whose reference is not parseable has to be dropped before training: no completion could ever be
-        right, and it would look like a cliff for ever.
+        The others have to be dropped before training: no completion could ever be right, and they would look like
+        cliffs forever.
+
+        Args:
+            references: N reference answers; None where a row has none.
+            columns: N values each.
         """
 
-    def submit(self, completions: Sequence[str], references: Sequence[str]) -> PendingGrades:
+    def submit(self, completions: Sequence[str], references: Sequence[str], **columns: Sequence[Any]) -> PendingGrades:
         """Begin to grade, and return at once where the verifier can work beside its caller.
 
-        ``submit(c, r).result()`` equals ``grade(c, r)``.
+        ``submit(...).result()`` equals ``grade(...)``.
         """
-        return CompletedGrades(self.grade(completions, references))
+        return PendingGrades(self.grade(completions, references, **columns))
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the verdicts depend on, as plain JSON; it is part of the prepared data's cache key.
+
+        By default the class, a hash of its module's and this package's code, and the public attributes that are JSON.
+        """
+        return {
+            "class": f"{type(self).__module__}:{type(self).__qualname__}",
+            "code": source_hash(type(self).__module__),
+            "settings": {k: v for k, v in vars(self).items() if not k.startswith("_") and _is_json(v)},
+        }
 
     def start(self) -> None:  # noqa: B027 - optional
         """Make everything ready now, so that the first :meth:`grade` does not have to. Optional."""
@@ -156,12 +162,27 @@ class Verifier(ABC):
         self.close()
 
 
-def check_pairs(completions: Sequence[str], references: Sequence[str]) -> None:
-    """Refuse what cannot be graded pair by pair.
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def source_hash(*modules: str) -> str:
+    """Return a hash of the code of this package and of imported modules; one without a file adds nothing."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    files += [Path(file) for name in modules if (file := getattr(sys.modules[name], "__file__", None))]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def check_pairs(completions: Sequence[str], references: Sequence[str], **columns: Sequence[Any]) -> None:
+    """Refuse what cannot be graded one by one.
 
     Raises:
-        ValueError: the numbers differ.
-        TypeError: an element is not a string.
+        ValueError: the numbers of completions, references and values of a column differ.
+        TypeError: a completion or reference is not a string.
     """
     for name, texts in (("completions", completions), ("references", references)):
         if isinstance(texts, str):
@@ -169,7 +190,6 @@ def check_pairs(completions: Sequence[str], references: Sequence[str]) -> None:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"{name}[{i}] must be a string, got {type(text).__name__}")
-    if len(completions) != len(references):
-        raise ValueError(
-            f"each completion needs its reference: got {len(completions)} completions and {len(references)} references"
-        )
+    for name, values in {"references": references, **columns}.items():
+        if len(values) != len(completions):
+            raise ValueError(f"got {len(completions)} completions and {len(values)} {name}: each needs its own")

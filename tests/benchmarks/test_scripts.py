@@ -32,7 +32,7 @@ def rows(tmp_path, name, *arguments):
     return result["rows"]
 
 
-@pytest.mark.parametrize("name", ["update", "memory", "rollouts", "step", "gpu_step"])
+@pytest.mark.parametrize("name", ["update", "memory", "preparation", "rollouts", "step", "gpu_step", "error_rates"])
 def test_help_says_how_it_is_called(name):
     done = run(name, "--help")
     assert done.returncode == 0
@@ -80,8 +80,6 @@ def test_step_sees_the_same_rollouts_with_and_without_distillation(tmp_path):
 
 
 def test_gpu_step_goes_through_every_station_with_exactly_the_cliffs_asked_for(tmp_path):
-    from hdpo.analysis.cost import SHAPES, update_flops
-
     sizes = ("--prompts", 4, "--completions", 2, "--new-tokens", 24, "--mean-tokens", 16, "--prompt-tokens", 10)
     found = rows(tmp_path, "gpu_step", "--shape", "toy", *sizes, "--privileged-tokens", 30, "--cliffs", 0.5)
     stations = {row["station"]: row for row in found}
@@ -95,7 +93,10 @@ def test_gpu_step_goes_through_every_station_with_exactly_the_cliffs_asked_for(t
     assert 8 * 11 <= update["tokens"] <= 8 * 34
     assert 4 * 41 <= stations["teacher"]["tokens"] <= 4 * 64
     completions = update["tokens"] - 8 * 10
-    flops = update_flops(SHAPES["toy"], update["tokens"], completion_tokens=completions)
+    # Two layers of width 64: queries and output 64 x 64, keys and values 64 x 32, feed-forward 3 x 64 x 128, biases
+    # of 64, 32 and 32, two norms; a norm at the end; and 512 tokens.
+    layers = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 128 + 2 * 64) + 64
+    flops = 6 * (layers * update["tokens"] + 512 * 64 * completions)
     assert update["TFLOP"] == pytest.approx(flops / 1e12)
     parts = sum(stations[name]["seconds"] for name in ("rollouts", "scoring", "privileged", "teacher", "update"))
     assert 0 < parts <= step["seconds"]
@@ -109,3 +110,17 @@ def test_gpu_step_measures_grpo_on_problems_without_cliffs(tmp_path):
     assert stations["step"]["cliffs"] == stations["step"]["kept"] == [0]
     assert stations["teacher"]["tokens"] == stations["teacher"]["seconds"] == 0
     assert stations["update"]["mfu"] == pytest.approx(stations["update"]["TFLOP"] / stations["update"]["seconds"])
+
+
+def test_preparation(tmp_path):
+    target = tmp_path / "result.json"
+    done = run("preparation", "--rows", 1000, "--json", target)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(target.read_text())["rows"]
+    assert [(row["data"], row["references_checked"]) for row in found] == [
+        ("prepared", False), ("cached", False), ("prepared", True), ("cached", True)
+    ]  # fmt: skip
+    # A third of the rows are duplicates; every hundredth reference is unusable.
+    assert found[0]["problems"] == found[1]["problems"] > found[2]["problems"] == found[3]["problems"] > 500
+    assert found[0]["rows_per_s"] > found[2]["rows_per_s"] > 0
+    assert all(row["peak_MiB"] >= row["unshared_MiB"] > 100 for row in found)

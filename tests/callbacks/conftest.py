@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hdpo.batching import pack
 from hdpo.experience import Completions, Experience, Prompts, Rollouts
 from hdpo.functional.random import derive_seeds
-from tests.toy import BoxedVerifier
+from hdpo.losses import JSD, ClippedPolicyLoss, UpdateConfig
+from hdpo.policy import pack
+from tests.helpers.toy import BoxedVerifier
 
 
 class ScriptedEngine:
@@ -28,8 +29,11 @@ class ScriptedEngine:
     def sync_version(self):
         return 0
 
-    def after_rollouts(self):
-        self.calls.append("after")
+    def held_weights(self):
+        return {}
+
+    def release_memory(self):
+        self.calls.append("released")
 
 
 class Tokenizer:
@@ -56,6 +60,7 @@ class Student(torch.nn.Module):
         return torch.zeros(len(batch.targets), topk, dtype=torch.int32), torch.zeros(len(batch.targets), topk)
 
     device = torch.device("cpu")
+    compute_dtype = torch.float32
 
 
 @pytest.fixture
@@ -68,9 +73,12 @@ def module():
         teacher=SimpleNamespace(policy=lambda student: student),
         device=torch.device("cpu"),
         distillation_weight=1.0,
-        micro_batch_tokens=64,
+        privileged_policy_weight=0.0,
+        update=UpdateConfig(micro_batch_tokens=64),
         pass_k=(1, 2),
-        divergence="jsd",
+        divergence=JSD(),
+        policy_loss=ClippedPolicyLoss(),
+        seed=5,
     )
 
 
@@ -78,7 +86,7 @@ def module():
 def trainer():
     from contextlib import nullcontext
 
-    return SimpleNamespace(global_step=7, precision_plugin=SimpleNamespace(forward_context=nullcontext))
+    return SimpleNamespace(callbacks=[], global_step=7, precision_plugin=SimpleNamespace(forward_context=nullcontext))
 
 
 @pytest.fixture

@@ -4,13 +4,17 @@ import pytest
 import torch
 
 from hdpo.callbacks import RolloutGeneration
+from hdpo.callbacks.sampler_check import StaleSamplerError
+from hdpo.errors import TrainingStopped
+from hdpo.experience import Rollouts
+from tests.helpers.tolerances import F32
 
 
 def test_seeds_derive_from_run_step_and_global_position(module, trainer, experience, expected_seeds):
-    station = RolloutGeneration(num_generations=6, max_new_tokens=5, seed=3)
+    station = RolloutGeneration(num_generations=6, max_new_tokens=5)
     station.on_train_batch_start(trainer, module, experience, 0)
     prompts, seeds, sampling = module.engine.calls[0]
-    assert torch.equal(seeds, expected_seeds(3, 1, 7, [4, 5, 6, 7], 6))
+    assert torch.equal(seeds, expected_seeds(5, 1, 7, [4, 5, 6, 7], 6))
     assert prompts == [[10], [11], [12], [13]]
     assert (sampling.max_new_tokens, sampling.temperature, sampling.eos_token_ids) == (5, 1.0, (1, 3))
     assert torch.equal(experience.rollouts.rewards, (seeds & 1).float())
@@ -18,7 +22,7 @@ def test_seeds_derive_from_run_step_and_global_position(module, trainer, experie
 
 def test_measurements(module, trainer, experience):
     RolloutGeneration(num_generations=6, max_new_tokens=5).on_train_batch_start(trainer, module, experience, 0)
-    means, rewards = experience.statistics.means(), experience.rollouts.rewards
+    means, rewards = experience.measurements.means(), experience.rollouts.rewards
     assert means["rollout/reward"] == pytest.approx(rewards.mean().item())
     assert means["rollout/reward/hard"] == pytest.approx(rewards[1:3].mean().item())
     assert (means["rollout/length"], means["rollout/truncated"], means["rollout/entropy"]) == (1, 0, 0.5)
@@ -33,6 +37,68 @@ def test_the_sampler_is_checked_once_for_each_version(module, trainer, experienc
     module.student.completion_logps = lambda *a, **k: checked.append(1) or []
     station.on_train_batch_start(trainer, module, experience, 1)
     assert not checked
+
+
+def test_the_sampler_is_checked_again_when_it_has_taken_over_weights_between_two_steps(module, trainer, experience):
+    station, checked = RolloutGeneration(num_generations=2, temperature=1.7, num_checked_sequences=3), []
+    right = module.student.completion_logps
+
+    def watched(sequences, **options):
+        checked.append((sequences, options["temperature"]))
+        return right(sequences, **options)
+
+    module.student.completion_logps = watched
+    for version, number in ((0, 1), (0, 1), (1, 2), (1, 2), (2, 3)):
+        module.engine.sync_version = lambda version=version: version
+        station.on_train_batch_start(trainer, module, experience, 0)
+        assert len(checked) == number, "after each synchronisation, and only then"
+    sequences, temperature = checked[0]
+    assert temperature == 1.7, "that of the rollouts"
+    # The first completions of the first prompts, with the prompts that they were sampled for.
+    assert sequences.prompt_ids == [[10], [11], [12]]
+    assert sequences.completion_ids == [group[0] for group in experience.rollouts.token_lists()[:3]]
+
+
+def test_a_gap_is_the_mean_of_absolute_differences(module, trainer, experience):
+    station = RolloutGeneration(num_generations=2, num_checked_sequences=4, max_logprob_gap=0.25)
+    gaps = iter([0.3, -0.3, 0.1, -0.1])
+    module.student.completion_logps = lambda sequences, **_: [
+        torch.full((1,), -0.5 + next(gaps)) for _ in sequences.prompt_ids
+    ]
+    station.on_train_batch_start(trainer, module, experience, 0)
+    means = experience.measurements.means()
+    assert means["sampler/logprob_gap_mean"] == pytest.approx(0.2, rel=8 * F32)
+    assert means["sampler/logprob_gap_max"] == pytest.approx(0.3, rel=8 * F32)
+    # One prompt off, however near the others are.
+    module.engine.sync_version = lambda: 1
+    module.student.completion_logps = lambda sequences, **_: [
+        torch.full((1,), -0.5 - 1.2 * (i == 2)) for i in range(len(sequences.prompt_ids))
+    ]
+    with pytest.raises(StaleSamplerError, match=r"differ from the policy's by 0.3 nats per token"):
+        station.on_train_batch_start(trainer, module, experience, 0)
+
+
+def test_no_sequence_is_compared_where_none_is_wanted(module, trainer, experience):
+    module.student.completion_logps = lambda *_, **__: pytest.fail("not wanted")
+    RolloutGeneration(num_generations=2, num_checked_sequences=0).on_train_batch_start(trainer, module, experience, 0)
+
+
+def test_means_are_over_what_each_is_about(experience):
+    lengths = torch.tensor([[1, 4], [2, 2], [3, 1], [4, 4]])
+    mask = torch.arange(4) < lengths[..., None]
+    outcomes = [["correct", "wrong"], ["error", "timeout"], ["no_answer", "correct"], ["wrong", "error"]]
+    rewards = torch.tensor([[1.0, 0.25], [0.75, 0.5], [0.0, 1.0], [0.5, 1.0]])
+    truncated = torch.tensor([[0, 1], [0, 0], [0, 1], [1, 1]]).bool()
+    experience.rollouts = Rollouts(mask.long(), mask, -0.5 * mask, truncated, rewards, outcomes, [])
+    RolloutGeneration()._measure(experience, experience.rollouts)
+    means = experience.measurements.means()
+    # Five verdicts; what was not graded has no reward, whatever stands there.
+    assert means["rollout/reward"] == pytest.approx((1 + 0.25 + 0 + 1 + 0.5) / 5)
+    assert means["rollout/reward/hard"] == pytest.approx((0 + 1) / 2)
+    assert means["rollout/reward/easy"] == pytest.approx((1 + 0.25 + 0.5) / 3)
+    assert means["rollout/length"] == 21 / 8
+    assert means["rollout/truncated"] == 4 / 8
+    assert means["rollout/entropy"] == 0.5, "per token"
 
 
 def test_an_evaluation_checks_a_version_that_no_step_has_checked(module, trainer, experience):
@@ -53,7 +119,7 @@ def test_an_evaluation_checks_a_version_that_no_step_has_checked(module, trainer
     assert len(checked) == 2
     module.engine.sync_version = lambda: 1
     module.student.completion_logps = lambda sequences, **_: [torch.full((1,), -3.0) for _ in sequences.prompt_ids]
-    with pytest.raises(RuntimeError, match="the sampler's log-probabilities differ"):
+    with pytest.raises(StaleSamplerError, match="the sampler's log-probabilities differ"):
         station.on_test_batch_start(trainer, module, experience, 0)
 
 
@@ -61,15 +127,15 @@ def test_a_gap_that_is_not_a_number_stops_the_run(module, trainer, experience):
     module.student.completion_logps = lambda sequences, **_: [
         torch.tensor([float("nan")]) for _ in sequences.prompt_ids
     ]
-    with pytest.raises(RuntimeError, match="the sampler's log-probabilities differ"):
+    with pytest.raises(TrainingStopped, match="the policy's log-probabilities are not finite after step 7"):
         RolloutGeneration(num_generations=2).on_train_batch_start(trainer, module, experience, 0)
 
 
 def test_evaluation_uses_the_row_and_never_the_step(module, trainer, experience, expected_seeds):
-    station = RolloutGeneration(num_val_samples=5, val_max_new_tokens=9, seed=2)
+    station = RolloutGeneration(num_val_samples=5, val_max_new_tokens=9)
     station.on_validation_batch_start(trainer, module, experience, 0)
     (_, sampled, first), (_, greedy, second) = module.engine.calls
-    assert torch.equal(sampled, expected_seeds(2, 3, 0, [40, 50, 60, 70], 5))
+    assert torch.equal(sampled, expected_seeds(5, 3, 0, [40, 50, 60, 70], 5))
     assert greedy.shape == (4, 1)
     assert (first.temperature, second.temperature, first.max_new_tokens) == (1.0, 0.0, 9)
     assert experience.greedy.rewards.tolist() == [[1.0]] * 4

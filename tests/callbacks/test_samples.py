@@ -1,12 +1,13 @@
 """What a person reads: sample texts and predictions."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from hdpo.callbacks import CliffDetection, PredictionWriter, SampleLogger
-from hdpo.callbacks.samples import _markdown
+from hdpo.experience import PrivilegedRollouts
 
 
 @pytest.fixture
@@ -22,20 +23,26 @@ def watched(trainer, tmp_path):
 def finished(scored, module, trainer):
     batch = scored([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
     CliffDetection().on_train_batch_start(trainer, module, batch, 0)
-    batch.privileged_texts = {0: [("2*3*4 | x", "correct")]}
+    one = {name: getattr(batch.rollouts, name)[:1, :1] for name in ("rewards", "completion_mask", "truncated")}
+    rollouts = replace(batch.rollouts, texts=[["2*3*4 | x"]], outcomes=[["correct"]], **one)
+    batch.privileged = PrivilegedRollouts([0], rollouts)
     return batch
 
 
-def test_cliffs_stand_beside_their_privileged_rollouts(scored, module, watched, tmp_path):
+def test_cliffs_come_with_their_privileged_rollouts(scored, module, watched, tmp_path):
     batch = finished(scored, module, watched)
     watched.global_step = 51
     SampleLogger(every_n_steps=25, num_prompts=1).on_train_batch_end(watched, module, None, batch, 0)
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(r["problem"], r["is_cliff"], r["step"]) for r in rows] == [("b", False, 50), ("a", True, 50)]
-    assert rows[1]["privileged"] == [{"text": "2*3*4 | x", "outcome": "correct"}]
+    verdict = {"outcome": "correct", "reward": 0.0, "tokens": 1, "truncated": False}
+    assert rows[1]["privileged"] == [{"text": "2*3*4 | x", **verdict}]
+    assert (rows[1]["prompt"], rows[1]["privileged_prompt"]) == ("\\boxed{10}", "\\boxed{10}")
     (tag, text, step) = watched.texts[1]
     assert (tag, step) == ("samples/cliff_1", 50)
-    assert "| `` x `` (wrong) | `` 2*3*4 \\| x `` (correct) |" in text
+    plain, privileged = text.split("**privileged prompt:**")
+    assert "*wrong, reward 0, 1 tokens:*\n\n    x" in plain
+    assert privileged == "\n\n    \\boxed{10}\n\n*correct, reward 0, 1 tokens:*\n\n    2*3*4 | x"
 
 
 @pytest.mark.parametrize(("every", "step"), [(25, 52), (0, 1)])
@@ -45,17 +52,29 @@ def test_other_steps_write_nothing(scored, module, watched, tmp_path, every, ste
     assert not list(tmp_path.iterdir())
 
 
-def test_markdown_has_one_line_a_cell():
-    row = {
-        "source": "s",
-        "reward": 0.5,
-        "reference": "1",
-        "problem": "line 1\nline 2",
-        "completions": [{"text": "a\nb", "outcome": "wrong"}],
-        "privileged": [],
-    }
-    assert _markdown(row).splitlines()[-1] == "| `` a b `` (wrong) |  |"
-    assert "> line 1\n> line 2" in _markdown(row)
+HOSTILE = "a ``` b | c\n\n# no heading\n<script>alert(1)</script> \x1b[31m\x00\u202e\ud800 `x` $y_1$"
+
+
+def test_no_text_escapes_from_its_block(scored, module, watched, tmp_path):
+    """What a policy writes is seen as it is, whatever Markdown would make of it."""
+    import markdown  # comes with TensorBoard, which renders texts with it
+
+    batch = finished(scored, module, watched)
+    batch.rollouts.texts[0] = [HOSTILE, "y"]
+    batch.prompts.problem[0] = HOSTILE
+    watched.global_step = 1
+    SampleLogger(every_n_steps=1, num_prompts=1).on_train_batch_end(watched, module, None, batch, 0)
+    text = watched.texts[1][1]
+    shown = markdown.markdown(text, extensions=["markdown.extensions.tables", "markdown.extensions.fenced_code"])
+    expected = (
+        "a ``` b | c\n\n# no heading\n&lt;script&gt;alert(1)&lt;/script&gt; \\x1b[31m\\x00\\u202e\\ud800 `x` $y_1$"
+    )
+    assert shown.count(expected) == 2
+    assert "<script" not in shown
+    assert "<h1" not in shown
+    assert "<table" not in shown
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    assert rows[1]["completions"][0]["text"] == HOSTILE
 
 
 def test_predictions_leave_repeated_problems_out(scored, module, watched, tmp_path):
@@ -68,7 +87,7 @@ def test_predictions_leave_repeated_problems_out(scored, module, watched, tmp_pa
     writer.on_predict_end(watched, module)
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == [40, 50, 70]
-    assert rows[1]["samples"] == [{"text": "x", "outcome": "correct"}, {"text": "x", "outcome": "wrong"}]
+    assert [(one["text"], one["outcome"]) for one in rows[1]["samples"]] == [("x", "correct"), ("x", "wrong")]
 
 
 def test_a_negative_interval_is_refused():

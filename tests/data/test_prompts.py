@@ -1,6 +1,11 @@
-import pytest
+import unicodedata
 
-from hdpo.data.prompts import PromptConfig, PromptRenderer, privileged_context
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hdpo.data.prompts import CHAT_TEMPLATES, PromptConfig, PromptRenderer, privileged_context
+from hdpo.errors import ConfigError
 from tests.helpers.openmath_fixture import QWEN_TEMPLATE, tiny_tokenizer
 
 CHATML = (
@@ -32,6 +37,7 @@ TEMPLATES = {
     "gemma": (GEMMA, ("<bos>", "<start_of_turn>", "<end_of_turn>")),
     "alpaca": (ALPACA, ()),
     "mistral": (MISTRAL, ("[INST]", "[/INST]")),
+    "r1_zero": (CHAT_TEMPLATES["r1_zero"], ()),
 }
 ENDINGS = {
     "qwen": "<|im_end|>\n<|im_start|>assistant\n",
@@ -40,6 +46,7 @@ ENDINGS = {
     "gemma": "<end_of_turn>\n<start_of_turn>model\n",
     "alpaca": "\n\n### Response:\n",
     "mistral": " [/INST]",
+    "r1_zero": "\nAssistant: <think>",
 }
 
 PROBLEMS = [
@@ -85,8 +92,9 @@ def test_the_privileged_context_holds_the_solution_verbatim(name):
 
 
 def test_system_prompt_and_template_arguments_reach_the_template():
-    template = CHATML.replace("assistant\n' }}", "assistant\n' + ('' if think else '<think>') }}")
-    config = PromptConfig(system_prompt="Be brief.", instruction="", chat_template_kwargs={"think": False})
+    # An argument that is not passed is undefined, and thus false.
+    template = CHATML.replace("assistant\n' }}", "assistant\n' + ('<think>' if think else '') }}")
+    config = PromptConfig(system_prompt="Be brief.", instruction="", chat_template_kwargs={"think": True})
     renderer = PromptRenderer(tiny_tokenizer(template), config)
     text = renderer.tokenizer.decode(renderer.student("2+2?"))
     assert text == (
@@ -101,6 +109,8 @@ def test_system_prompt_and_template_arguments_reach_the_template():
         ("solution", "So \\boxed{4}", "So \\boxed{4}"),
         ("solution", " So 4 \n", "So 4\n\nThe final answer is \\boxed{4}."),
         ("solution", "", "The final answer is \\boxed{4}."),
+        ("column", "So 4", ""),
+        ("hint", "", ""),
         ("answer", "So 4", "The final answer is \\boxed{4}."),
         ("hint", "one two three four", "one two"),
         ("hint", "one", "one"),
@@ -131,20 +141,95 @@ def test_special_tokens_in_a_text_are_found():
         ({"privileged_template": "{problem} only"}, r"privileged_template must contain \{context\}"),
         ({"hint_fraction": 0.0}, "hint_fraction"),
         ({"hint_fraction": 1.5}, "hint_fraction"),
-        ({"privileged_context": "everything"}, "privileged_context must be"),
+        (
+            {"privileged_context": "everything"},
+            "data.prompts.privileged_context must be one of solution, answer, hint, column",
+        ),
     ],
 )
 def test_bad_configuration(arguments, key):
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ConfigError, match=key):
         PromptConfig(**arguments)
 
 
 def test_templates_that_cannot_work_are_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"System role not supported; set data\.prompts\.system_prompt to null"):
+    with pytest.raises(ConfigError, match=r"System role not supported; set data\.prompts\.system_prompt to null"):
         PromptRenderer(tokenizer("gemma"), PromptConfig(system_prompt="Be brief."))
     without = tokenizer("qwen")
     without.chat_template = None
-    with pytest.raises(ValueError, match="has no chat template"):
+    with pytest.raises(
+        ConfigError, match=r"has no chat template: .* set data.prompts.chat_template to r1_zero or a Jinja"
+    ):
         PromptRenderer(without)
-    with pytest.raises(ValueError, match="adds nothing after the user's message"):
+    with pytest.raises(ConfigError, match="adds nothing after the user's message"):
         PromptRenderer(tiny_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}"))
+
+
+def test_the_column_is_the_context_and_a_problem_without_it_has_none():
+    renderer = PromptRenderer(tokenizer("qwen"), PromptConfig(privileged_context="column"))
+    text = renderer.tokenizer.decode(renderer.privileged("2+2?", "So 4", "4", "Use addition."))
+    assert "below:\n\nUse addition.\n\nStudy" in text
+    assert "So 4" not in text
+    assert renderer.privileged("2+2?", "So 4", "4") == []
+
+
+def test_many_prompts_at_once_are_the_prompts_one_by_one():
+    renderer = PromptRenderer(tokenizer("qwen"))
+    problems, solutions, answers = zip(*PROBLEMS, strict=True)
+    contexts = [privileged_context(renderer.config, s, a) for s, a in zip(solutions, answers, strict=True)]
+    assert renderer.students(problems) == [renderer.student(problem) for problem in problems]
+    assert renderer.teachers(problems, contexts) == [renderer.privileged(*problem) for problem in PROBLEMS]
+    contexts[1] = contexts[3] = ""
+    one, two, three = (renderer.privileged(*PROBLEMS[i]) for i in (0, 2, 4))
+    assert renderer.teachers(problems, contexts) == [one, [], two, [], three]
+    assert renderer.students([]) == renderer.teachers([], []) == []
+
+
+def test_a_base_model_gets_the_named_template(tmp_path):
+    base = tokenizer("qwen")
+    base.chat_template = None
+    renderer = PromptRenderer(base, PromptConfig(chat_template="r1_zero"))
+    text = base.decode(renderer.student("What is 2+2?"))
+    assert text.startswith("A conversation between User and Assistant.")
+    assert text.endswith(f"\nUser: What is 2+2?\n\n{renderer.config.instruction}\nAssistant: <think>")
+    assert base.decode(renderer.generation_prompt).endswith("Assistant: <think>")
+    brief = PromptRenderer(base, PromptConfig(chat_template="r1_zero", system_prompt="Be brief.", instruction=""))
+    assert base.decode(brief.student("2+2?")) == "Be brief.\nUser: 2+2?\nAssistant: <think>"
+    assert base.chat_template is None
+    base.bos_token = "<|endoftext|>"
+    assert base.decode(brief.student("2+2?")).startswith("<|endoftext|>Be brief.")
+
+
+def test_a_template_from_a_file_replaces_the_tokenizers(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages %}Q: {{ m['content'] }}{% endfor %}{{ '\\nA:' }}", encoding="utf-8")
+    renderer = PromptRenderer(tokenizer("qwen"), PromptConfig(chat_template=str(path), instruction=""))
+    assert renderer.tokenizer.decode(renderer.student("2+2?")) == "Q: 2+2?\nA:"
+    with pytest.raises(
+        ConfigError, match=r"data.prompts.chat_template must be r1_zero or a readable file .*other.jinja"
+    ):
+        PromptRenderer(tokenizer("qwen"), PromptConfig(chat_template=str(tmp_path / "other.jinja")))
+    path.write_text("{% for m in messages %}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"the chat template of .* refuses the prompt") as caught:
+        PromptRenderer(tokenizer("qwen"), PromptConfig(chat_template=str(path)))
+    assert "\n" not in str(caught.value)
+
+
+#: Any text but lone surrogates, which are dropped before: emoji, combining marks, right-to-left, control characters.
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+renderers = {name: PromptRenderer(tokenizer(name)) for name in ("qwen", "alpaca", "r1_zero")}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(renderers)), texts, texts, texts.filter(bool))
+def test_any_unicode_ends_both_contexts_in_the_generation_prompt(name, problem, solution, answer):
+    renderer = renderers[name]
+    tail = renderer.generation_prompt
+    student, privileged = renderer.student(problem), renderer.privileged(problem, solution, answer)
+    assert student[-len(tail) :] == tail == privileged[-len(tail) :]
+    if renderer.holds_special_tokens(problem, solution, answer):
+        return
+    # The tokenizer's normalizer composes characters (NFC); nothing else is lost.
+    for ids, parts in ((student, [problem]), (privileged, [problem, solution, answer])):
+        text = renderer.tokenizer.decode(ids)
+        assert all(unicodedata.normalize("NFC", part.strip()) in text for part in parts)

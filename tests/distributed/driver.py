@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from hdpo.callbacks import LastCheckpoint
+from hdpo.callbacks import LastCheckpoint, Station
 from hdpo.distributed import full_state_dict
-from hdpo.metrics import GreedyAccuracy
-from tests import toy
+from hdpo.errors import StopRequested
+from hdpo.policy import PolicyConfig, packing
+from tests.helpers import toy
 
 PROMPTS_PER_STEP = 6
 #: What the six prompts of a step are made to be, step by step: Cliff, Solved, Mixed; None leaves the rewards alone.
@@ -38,19 +38,21 @@ PATTERNS = [
 KEEP_ALL = {"success_reward": 0.0}
 
 
-class Script(Callback):
-    """Second station: overwrites rewards, so that a step is what the test wants it to be."""
+class Script(Station):
+    """Overwrites rewards, so that a step is what the test wants it to be."""
 
     def __init__(self, patterns: list[str | None]) -> None:
         self.patterns = patterns
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def after_rollouts(self, trainer, pl_module, batch):
         pattern = self.patterns[trainer.global_step % len(self.patterns)]
         if pattern is not None:
             index = batch.prompts.index.tolist()
             alternating = torch.arange(batch.rollouts.num_generations) % 2
             rewards = {"C": 0.0 * alternating, "S": 0.0 * alternating + 1, "M": alternating}
-            batch.rollouts.rewards = torch.stack([rewards[pattern[i]] for i in index]).float()
+            batch.rollouts.rewards = torch.stack([rewards[pattern[i]] for i in index])
+        # Deviations of groups are then float64 too: in float32 they depend on how many groups a rank has.
+        batch.rollouts.rewards = batch.rollouts.rewards.double()
 
 
 class Tape(Callback):
@@ -95,7 +97,7 @@ class Tape(Callback):
             reductions = _fsdp_param_group.foreach_reduce.counts
             _fsdp_param_group.foreach_reduce.counts = 0
             self.syncs = reductions / self.units
-        items = {name: (total, count) for name, total, count in batch.statistics.items()}
+        items = {name: (total, count) for name, total, count in batch.measurements.items()}
         self.steps.append(
             {
                 "index": batch.prompts.index.tolist(),
@@ -146,6 +148,24 @@ class KillWhileSaving(Callback):
         strategy.save_checkpoint = killed
 
 
+class Break(Callback):
+    """Spoils one process alone in the middle of a step: kills it, lets it raise, or makes its gradient NaN."""
+
+    def __init__(self, how: str, step: int) -> None:
+        self.how, self.step = how, step
+
+    def _here(self, trainer: Any) -> bool:
+        return trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if self._here(trainer) and self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._here(trainer) and self.how == "raise":
+            raise ArithmeticError("an error of one rank")
+        if self._here(trainer) and self.how == "nan":
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+
+
 class Terminate(Callback):
     """Asks one process alone, the last one, to end: at the start of a step, before the ranks meet."""
 
@@ -172,6 +192,7 @@ def strategy(name: str, world: int) -> Any:
 def run(scenario: dict[str, Any], name: str, out: Path, rank: int, world: int) -> None:
     """Fit once and write ``<scenario>.rank<r>.pt``."""
     options = dict(scenario.get("module", {}))
+    options["policy"] = PolicyConfig("pkg://hdpo.lab/policy", dtype=scenario.get("dtype", "float32"))
     if scenario.get("adamw"):
         options["optimizer"] = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
     tape = Tape()
@@ -183,22 +204,22 @@ def run(scenario: dict[str, Any], name: str, out: Path, rank: int, world: int) -
         devices=world,
         max_steps=scenario["steps"],
         limit_val_batches=None if scenario.get("validate") else 0,
-        rollouts=scenario.get("rollouts", {}),
-        distillation=scenario.get("distillation", {}),
     )
-    stations = trainer.callbacks
-    stations.insert(1, Script(scenario.get("patterns", PATTERNS)))
+    callbacks = trainer.callbacks
+    callbacks.append(Script(scenario.get("patterns", PATTERNS)))
     if "kill_at" in scenario:
-        stations.append(KillWhileSaving(scenario["kill_at"]))
+        callbacks.append(KillWhileSaving(scenario["kill_at"]))
+    if "break" in scenario:
+        callbacks.append(Break(scenario["break"], scenario["break_at"]))
     if "terminate_at" in scenario:
-        stations.insert(0, Terminate(scenario["terminate_at"]))
-    last = next(c for c in stations if isinstance(c, LastCheckpoint))
-    last._every_n_train_steps = scenario.get("checkpoint_every", 1000)
-    module = toy.module(**{"micro_batch_tokens": 256, **options})
+        callbacks.insert(0, Terminate(scenario["terminate_at"]))
+    last = next(c for c in callbacks if isinstance(c, LastCheckpoint))
+    last.every_n_steps = scenario.get("checkpoint_every", 1000)
+    stations = {"rollouts": scenario.get("rollouts", {}), "distillation": scenario.get("distillation", {})}
+    module = toy.module(**{"micro_batch_tokens": 256, **stations, **options})
     data = toy.datamodule(out.parent, **{"prompts_per_step": PROMPTS_PER_STEP, "num_val_problems": 7})
-    with suppress(SIGTERMException) if "terminate_at" in scenario else nullcontext():
+    with suppress(StopRequested) if "terminate_at" in scenario else nullcontext():
         trainer.fit(module, datamodule=data, ckpt_path=scenario.get("ckpt_path"))
-    assert isinstance(module.greedy_accuracy, GreedyAccuracy)
     torch.save(
         {"steps": tape.steps, "validation": tape.validation, "average": _average(module)},
         out / f"{scenario['name']}.rank{rank}.pt",
@@ -220,6 +241,9 @@ def main(specification: str, log: str, environment: dict[str, str]) -> None:
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     content = torch.load(specification, weights_only=True)
+    # One layout, whatever a rank's share: the angles of rotary embeddings are float32, and their cosines may be
+    # computed by other instructions where positions differ from row to row.
+    packing._PASS = 10**9
     rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     for scenario in content["scenarios"]:
         run(scenario, content["strategy"], Path(content["out"]), rank, world)

@@ -6,18 +6,19 @@ import sys
 import pytest
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from hdpo.distributed import check_strategy
-from tests.distributed.launch import ROOT, environment, wait
+from hdpo.evaluation.records import read_records
+from hdpo.trainer import check_strategy
+from tests.helpers.processes import ROOT, environment, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 SMALL = {
-    "model.verifier": "tests.toy.BoxedVerifier",
+    "model.verifier": "tests.helpers.toy.BoxedVerifier",
     "model.pass_k": "[1,2]",
     "data.prompts_per_step": 4,
-    "data.num_train_problems": 40,
-    "data.num_val_problems": 5,
-    "data.check_references": "false",
+    "data.selection.num_train_problems": 40,
+    "data.selection.num_val_problems": 5,
+    "data.selection.check_references": "false",
     "rollouts.num_generations": 2,
     "rollouts.num_val_samples": 2,
     "rollouts.max_new_tokens": 24,
@@ -52,8 +53,8 @@ def test_fit_with_an_overlay(tmp_path, overlay):
     assert "sync_dist" not in text  # what is logged is the same on all ranks already
     assert "Warning" not in text
     (run,) = (tmp_path / "runs/lab").iterdir()
-    assert sorted(f.name for f in (run / "evaluations").iterdir()) == ["step_000000.jsonl", "step_000002.jsonl"]
-    assert len((run / "evaluations/step_000002.jsonl").read_text().splitlines()) == 5
+    assert sorted(f.name for f in (run / "evaluations").iterdir()) == ["step_000000.jsonl.gz", "step_000002.jsonl.gz"]
+    assert len(read_records(run / "evaluations/step_000002.jsonl.gz").rows) == 5
     assert (run / "summary.json").is_file()
     assert (run / "policy/model.safetensors").is_file()
     assert (run / "checkpoints/last.ckpt").is_dir() == (overlay == "fsdp2")

@@ -1,16 +1,31 @@
 """One, two and three processes do the same training: real processes on gloo, under DDP and FSDP2."""
 
-import json
 import signal
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hdpo.callbacks.export import export_checkpoint
+from hdpo.checkpoints import read_header, saved_checkpoints
+from hdpo.commands.export import export_checkpoint
+from hdpo.evaluation.records import read_records
 from hdpo.policy import Policy, PolicyConfig
 from tests.distributed.driver import KEEP_ALL, PATTERNS
 from tests.distributed.launch import results, run_scenarios
+from tests.helpers.tolerances import F32, of_sum
+
+LAB = PolicyConfig(path="pkg://hdpo.lab/policy")
+
+
+def tolerance(world, num_updates):
+    """Of the length of the way: what two runs may be apart after so many updates.
+
+    All that a rank's share could round in its own way is float64. Two ranks double the loss and halve the sum of its
+    gradients, which is exact. Three do not, and the gradients of the policy's norms are float32; each update, far from
+    any minimum, enlarges the errors of those before about fivefold.
+    """
+    return F32 if world == 2 else 16 * F32 * 8**num_updates
+
 
 WORLDS = [("ddp", 2), ("fsdp2", 2), ("ddp", 3)]
 SCENARIOS = [
@@ -26,7 +41,7 @@ SCENARIOS = [
         "patterns": ["CCMMSM", "MCSSSS", None],
         "distillation": KEEP_ALL,
     },
-    # Two epochs of two minibatches: four updates a step.
+    # Two epochs of two minibatches: four updates per step.
     {
         "name": "updates",
         "folder": "updates",
@@ -38,8 +53,12 @@ SCENARIOS = [
     {"name": "nothing", "folder": "nothing", "steps": 2, "distillation": {"success_reward": 2.0}},
 ]
 NAMES = [s["name"] for s in SCENARIOS]
+# In float64, so that no rounding lets a sample flip; see TOLERANCE.
+SCENARIOS = [{**scenario, "dtype": "float64"} for scenario in SCENARIOS]
 # The last rank is asked to end in its second step.
 TERMINATED = {"name": "terminated", "folder": "terminated", "steps": 5, "terminate_at": 1}
+# The last rank alone has a gradient that is not finite in the second step.
+NOT_FINITE = {"name": "not_finite", "folder": "not_finite", "steps": 3, "break": "nan", "break_at": 1, "adamw": True}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -57,7 +76,7 @@ def several(request, tmp_path_factory):
     """The same scenarios in several processes."""
     strategy, world = request.param
     out = tmp_path_factory.mktemp(f"{strategy}{world}") / "out"
-    run_scenarios(out, strategy, world, [*SCENARIOS, TERMINATED], timeout=240)
+    run_scenarios(out, strategy, world, [*SCENARIOS, NOT_FINITE, TERMINATED], timeout=240)
     return out, world
 
 
@@ -73,20 +92,22 @@ def test_rollouts_parameters_and_metrics_do_not_depend_on_the_number_of_processe
     out, world = several
     (expected,) = results(single, name, 1)
     ranks = results(out, name, world)
-    # Three steps (or four updates): later the last bits of the weights differ, a sample flips, and the runs are two.
-    for number, step in enumerate(expected["steps"][: 1 if name == "updates" else 3]):
+    before, way = Policy.load(LAB).double().state_dict(), 0.0
+    for number, step in enumerate(expected["steps"]):
         parts = [rank["steps"][number] for rank in ranks]
+        allowed = tolerance(world, (number + 1) * (4 if name == "updates" else 1))
+        way += distance(step["weights"], before)
+        before = step["weights"]
         for key in ("index", "rows", "rollouts", "cliffs", "distilled"):
             assert [x for part in parts for x in part[key]] == step[key], (number, key)
         assert torch.tensor([p["denominators"] for p in parts]).sum(0).tolist() == step["denominators"]
-        assert distance(parts[0]["weights"], step["weights"]) < 1e-5, number
+        assert distance(parts[0]["weights"], step["weights"]) <= allowed * way, number
         for part in parts:
-            assert part["metrics"] == pytest.approx(step["metrics"], rel=1e-3, abs=1e-5), number
-    moved = distance(expected["steps"][1]["weights"], expected["steps"][0]["weights"])
-    assert moved > 1e-4 or name == "nothing"
+            assert part["metrics"] == pytest.approx(step["metrics"], rel=allowed, abs=allowed), number
+    assert way > 1e-3 or name == "nothing"
     if name == "ema":
-        assert distance(ranks[0]["average"], expected["average"]) < 1e-5
-        assert distance(expected["average"], expected["steps"][0]["weights"]) > 1e-5
+        assert distance(ranks[0]["average"], expected["average"]) < allowed * way
+        assert distance(expected["average"], expected["steps"][0]["weights"]) > 0.1 * way
 
 
 def test_the_patterns_are_what_they_are_meant_to_be(single, several):
@@ -124,7 +145,8 @@ def test_the_filter_of_privileged_rollouts_is_at_work(single):
 
 def test_a_maximum_is_the_largest_of_all_ranks(several):
     out, world = several
-    steps = [rank["steps"][0] for rank in results(out, "drifting", world)]
+    # In float32: in float64 there is no gap.
+    steps = [rank["steps"][0] for rank in results(out, "terminated", world)]
     gaps = [step["gap"] for step in steps]
     assert min(gaps) < max(gaps)
     assert [step["merged_gap"] for step in steps] == [max(gaps)] * world
@@ -149,26 +171,45 @@ def test_one_process_that_is_asked_to_end_saves_and_ends_with_the_others(several
     assert content["global_step"] == 2
 
 
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all_of_them(several):
+    out, world = several
+    ranks = [rank["steps"] for rank in results(out, "not_finite", world)]
+    for steps in ranks:
+        assert [step["metrics"]["optim/skipped"] for step in steps] == [0, 1, 0]
+    first = ranks[0]
+    assert distance(first[1]["weights"], first[0]["weights"]) == 0
+    assert distance(first[2]["weights"], first[1]["weights"]) > 1e-5
+    assert all(w.isfinite().all() for w in first[2]["weights"].values())
+    files = sorted(p.name for p in (out / "not_finite/skipped").iterdir())
+    assert files == [f"step_000001.rank{rank}.pt" for rank in range(world)]
+    # A collective more or less on one of them, and the ranks would not have come this far together.
+    assert len({tuple(step["backwards"] for step in steps) for steps in ranks}) == 1
+
+
 def test_repeated_validation_problems_do_not_count(single, several):
     out, world = several
     (alone,) = results(single, "drifting", 1)
     for rank in results(out, "drifting", world):
-        assert rank["validation"] == pytest.approx(alone["validation"], abs=1e-6)
+        assert rank["validation"] == pytest.approx(alone["validation"], abs=of_sum(7, 1.0))
     assert alone["validation"]["val/pass@2"] > 0
-    # The weights agree to 1e-5 only, but before the first step they are the same.
-    files = [(folder / "drifting/evaluations/step_000000.jsonl").read_text().splitlines() for folder in (single, out)]
-    assert files[0] == files[1]
-    rows = [json.loads(line)["row"] for line in files[1]]
-    assert rows == list(range(7))
+    # Before the first step the weights are the same to the last bit.
+    files = [folder / "drifting/evaluations/step_000000.jsonl.gz" for folder in (single, out)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert [row for _, row in read_records(files[1]).rows] == list(range(7))
 
 
 @pytest.fixture(scope="session", params=["ddp", "fsdp2"])
 def interrupted(request, tmp_path_factory):
-    """A straight run of four steps; and one that is killed in saving its fourth, and resumed from its second."""
+    """A straight run of six steps; and one that is killed in saving its sixth, and resumed from its third.
+
+    Each rank has cliffs and mixed groups in every step, and a buffer of privileged rollouts that lives two steps: the
+    first step after the checkpoint distils what each rank has saved.
+    """
     out = tmp_path_factory.mktemp(f"resume-{request.param}") / "out"
-    run = {"adamw": True, "module": {"teacher": "ema"}, "checkpoint_every": 2, "steps": 4, "distillation": KEEP_ALL}
+    run = {"adamw": True, "module": {"teacher": "ema"}, "checkpoint_every": 3, "steps": 6, "patterns": ["CMMCMM"]}
+    run["distillation"] = {**KEEP_ALL, "refresh_every": 2}
     straight = {**run, "name": "straight", "folder": "straight"}
-    killed = {**run, "name": "killed", "folder": "killed", "kill_at": 4}
+    killed = {**run, "name": "killed", "folder": "killed", "kill_at": 6}
     run_scenarios(out, request.param, 2, [straight], timeout=240)
     run_scenarios(out, request.param, 2, [killed], timeout=240, expected=-signal.SIGKILL)
     (checkpoint,) = (out / "killed").rglob("last.ckpt")
@@ -181,23 +222,66 @@ def interrupted(request, tmp_path_factory):
 
 def test_a_run_killed_while_saving_resumes_exactly_from_the_checkpoint_before(interrupted):
     out, checkpoint = interrupted
-    # The new checkpoint took the old one's place, and nothing else is left.
-    assert {checkpoint, checkpoint.resolve()} == set(checkpoint.parent.iterdir())
-    assert len(results(out, "resumed", 2)[0]["steps"]) == 2
-    for mine, theirs in zip(results(out, "resumed", 2), results(out, "straight", 2), strict=True):
-        assert [s["rollouts"] for s in mine["steps"]] == [s["rollouts"] for s in theirs["steps"][2:]]
-        assert [s["metrics"] for s in mine["steps"]] == [s["metrics"] for s in theirs["steps"][2:]]
-        for a, b in zip(mine["steps"], theirs["steps"][2:], strict=True):
+    # Nothing is left of the checkpoint that was being written.
+    assert not list(checkpoint.parent.glob(".*partial"))
+    assert checkpoint.resolve() in saved_checkpoints(checkpoint.parent)
+    ranks = results(out, "resumed", 2)
+    for mine, theirs in zip(ranks, results(out, "straight", 2), strict=True):
+        assert len(mine["steps"]) == 3
+        # Without a signal after the checkpoint everything would be equal whatever was restored.
+        assert all(step["metrics"]["optim/grad_norm"] > 1e-3 and step["distilled"] for step in mine["steps"])
+        for key in ("rollouts", "distilled", "metrics"):
+            assert [s[key] for s in mine["steps"]] == [s[key] for s in theirs["steps"][3:]]
+        for a, b in zip(mine["steps"], theirs["steps"][3:], strict=True):
             assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in b["weights"])
         assert all(torch.equal(mine["average"][k], theirs["average"][k]) for k in theirs["average"])
+    assert ranks[0]["steps"][0]["distilled"] != ranks[1]["steps"][0]["distilled"], "each rank has a buffer of its own"
 
 
 def test_a_checkpoint_exports_to_transformers(interrupted, tmp_path):
     out, checkpoint = interrupted
-    export_checkpoint(PolicyConfig(path="pkg://hdpo.lab/policy"), checkpoint, tmp_path)
-    policy = Policy.load(PolicyConfig(path="pkg://hdpo.lab/policy"))
+    export_checkpoint(LAB, checkpoint, tmp_path)
+    policy = Policy.load(LAB)
     policy.load_state_dict(results(out, "resumed", 2)[0]["steps"][-1]["weights"])
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
         expected = policy.model(ids).logits
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("how", "code"), [("kill", -signal.SIGKILL), ("raise", 1)])
+def test_a_rank_that_dies_or_raises_hangs_nobody_and_the_run_goes_on(tmp_path, strategy, how, code):
+    out = tmp_path / "out"
+    run = {"folder": "run", "steps": 4, "checkpoint_every": 2, "adamw": True, "distillation": KEEP_ALL}
+    run_scenarios(out, strategy, 2, [{**run, "name": "broken", "break": how, "break_at": 3}], timeout=90, expected=code)
+    (checkpoint,) = (out / "run").rglob("last.ckpt")
+    assert read_header("", checkpoint).step == 2
+    run_scenarios(out, strategy, 2, [{**run, "name": "resumed", "ckpt_path": str(checkpoint)}], timeout=120)
+    assert [len(rank["steps"]) for rank in results(out, "resumed", 2)] == [2, 2]
+    assert read_header("", checkpoint).step == 4
+
+
+@pytest.mark.parametrize(("strategy", "worlds"), [("ddp", (2, 1)), ("ddp", (2, 3)), ("fsdp2", (2, 3))])
+def test_a_checkpoint_goes_on_with_another_number_of_processes(tmp_path, strategy, worlds):
+    first, second = worlds
+    out = tmp_path / "out"
+    run = {
+        "folder": "run",
+        "checkpoint_every": 2,
+        "adamw": True,
+        "module": {"teacher": "ema"},
+        "distillation": KEEP_ALL,
+    }
+    run_scenarios(out, strategy, first, [{**run, "name": "straight", "folder": "straight", "steps": 4}], timeout=120)
+    run_scenarios(out, strategy, first, [{**run, "name": "first", "steps": 2}], timeout=120)
+    (checkpoint,) = (out / "run").rglob("last.ckpt")
+    rest = {**run, "name": "rest", "steps": 4, "ckpt_path": str(checkpoint)}
+    run_scenarios(out, strategy if second > 1 else "auto", second, [rest], timeout=120)
+    expected, found = results(out, "straight", first), results(out, "rest", second)
+    for number in (0, 1):
+        parts = [[rank["steps"][number + 2 * (side is expected)] for rank in side] for side in (expected, found)]
+        rollouts = [[x for part in side for x in part["rollouts"]] for side in parts]
+        assert rollouts[0] == rollouts[1]
+        assert distance(parts[1][0]["weights"], parts[0][0]["weights"]) < 1e-5
+    assert distance(found[0]["average"], expected[0]["average"]) < 1e-5

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from hdpo.functional import group_advantages
+from hdpo.functional import group_advantages, has_variance
+from tests.helpers.tolerances import of_sum
 
 
 def reference(rewards: list[float], scale: str) -> list[float]:
@@ -36,7 +37,10 @@ def test_against_reference(scale, size):
     rewards = torch.cat([binary, graded])
     expected = torch.tensor([reference(row, scale) for row in rewards.tolist()], dtype=torch.double)
     torch.testing.assert_close(group_advantages(rewards, scale=scale), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(group_advantages(rewards.float(), scale=scale), expected.float(), rtol=1e-5, atol=1e-5)
+    # A mean and a deviation of `size` numbers, divided by a deviation that may be small.
+    smallest = min((torch.std(row) for row in rewards if torch.std(row) > 0), default=torch.tensor(1.0))
+    atol = of_sum(4 * size, 1.0) / float(smallest) ** 2
+    torch.testing.assert_close(group_advantages(rewards.float(), scale=scale).double(), expected, rtol=0, atol=atol)
 
 
 def test_success_is_reinforced_and_failure_is_not():
@@ -99,3 +103,21 @@ def test_booleans_and_no_groups():
 def test_bad_input(rewards, scale, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(rewards, scale=scale)
+
+
+def test_rewards_that_are_none_have_no_part():
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.rand(40, 6, generator=generator, dtype=torch.float64).round(decimals=1)
+    valid = torch.rand(40, 6, generator=generator) < 0.5
+    garbage = torch.where(valid, rewards, float("nan"))
+    for scale in ("std", "none", "leave_one_out_std"):
+        found = group_advantages(garbage, valid, scale=scale)
+        for row, mask, mine in zip(rewards, valid, found, strict=True):
+            expected = torch.zeros(6, dtype=torch.float64)
+            if mask.sum() >= 2:
+                expected[mask] = group_advantages(row[mask][None], scale=scale)[0]
+            assert torch.equal(mine, expected)
+    assert (valid.sum(-1) == 2).any()
+    assert (valid.sum(-1) == 1).any()
+    varied = has_variance(garbage, valid)
+    assert varied.tolist() == [len(set(r[m].tolist())) > 1 for r, m in zip(rewards, valid, strict=True)]

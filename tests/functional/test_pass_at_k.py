@@ -59,7 +59,7 @@ def test_any_of_k_looks_at_the_first_k_only():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pass_at_k(4, 1, 5), "pass@5 needs at least 5 samples a problem, got 4"),
+        (lambda: pass_at_k(4, 1, 5), "pass@5 needs at least 5 samples per problem, got 4"),
         (lambda: pass_at_k(torch.tensor([8, 4]), torch.tensor([1, 1]), 5), "got 4"),
         (lambda: pass_at_k(4, 1, 0), "k >= 1"),
         (lambda: pass_at_k(4, 5, 1), "between 0 and num_samples"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from hdpo.errors import ConfigError
 from hdpo.generation import SamplingConfig
 from hdpo.generation.vllm import VLLMEngine
 from hdpo.policy import Policy
@@ -52,7 +53,7 @@ def test_importing_the_engine_does_not_import_vllm():
 
 def test_an_absent_extra_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
-    with pytest.raises(ImportError, match=r"^[^\n]*pip install hdpo\[vllm\]$"):
+    with pytest.raises(ConfigError, match=r"^[^\n]*pip install hdpo\[vllm\]$"):
         VLLMEngine()
 
 
@@ -118,6 +119,7 @@ class FakeLLM:
 
     def reset_prefix_cache(self):
         self.calls.append("reset prefix cache")
+        return True
 
     def collective_rpc(self, method, kwargs):
         self.calls.append(method)
@@ -138,11 +140,11 @@ def engine(installed, monkeypatch):
 
 def test_it_wakes_weights_synchronises_and_wakes_the_cache_last(engine):
     policy = build()
-    engine.after_rollouts()  # nothing has started yet
+    engine.release_memory()  # nothing has started yet
     engine.generate(policy, [], NO_SEEDS, SAMPLING)
     engine.generate(policy, [], NO_SEEDS, SAMPLING)
-    engine.after_rollouts()
-    engine.after_rollouts()
+    engine.release_memory()
+    engine.release_memory()
     move(policy)
     engine.generate(policy, [], NO_SEEDS, SAMPLING)
     sync = ["reload_weights", "reset prefix cache"]
@@ -153,7 +155,7 @@ def test_it_wakes_weights_synchronises_and_wakes_the_cache_last(engine):
 def test_it_stays_awake_where_told_so(engine):
     engine.free_memory_during_update = False
     engine.generate(build(), [], NO_SEEDS, SAMPLING)
-    engine.after_rollouts()
+    engine.release_memory()
     assert "sleep 1" not in engine.fake.calls
 
 

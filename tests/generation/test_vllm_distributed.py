@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hdpo.batching import TokenBatch
 from hdpo.distributed import shard_policy
 from hdpo.experience import Sequences
 from hdpo.functional.random import derive_seeds
 from hdpo.generation import SamplingConfig, TransformersEngine
 from hdpo.generation.vllm import VLLMEngine
 from hdpo.policy import Policy
-from tests.metrics.gloo import run_on_two
+from hdpo.policy.packing import TokenBatch
+from tests.helpers.processes import run_on
 
 pytestmark = [
     pytest.mark.vllm,
@@ -52,7 +52,7 @@ def build(tied):
 
 def train_step(policy, optimizer):
     batch = TokenBatch.from_sequences(Sequences(prompts(), [[50, 51, 1]] * 4), policy.device)
-    (-policy(batch).logps.mean()).backward()
+    (-policy(batch).mean()).backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -105,9 +105,9 @@ def shared_memory():
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("shared_memory")
 @pytest.mark.parametrize("mode", ["plain", "sharded", "tensor parallel"])
-def test_two_ranks_sample_what_one_process_samples(mode):
+def test_two_ranks_sample_what_one_process_samples(tmp_path, mode):
     """The reference is the transformers engine for greedy completions, and one vLLM for the sampled ones."""
-    first, second = run_on_two(two_ranks, mode, timeout=1000.0)
+    first, second = run_on(2, tmp_path, two_ranks, mode, timeout=1000.0, fresh=True)
     policy, engine = build(tied=mode != "plain"), VLLMEngine()
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.2)
     try:

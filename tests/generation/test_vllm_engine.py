@@ -14,15 +14,17 @@ import torch
 from lightning.pytorch import Callback
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hdpo.batching import TokenBatch
+from hdpo.callbacks.sampler_check import StaleSamplerError
+from hdpo.errors import TrainingStopped
 from hdpo.experience import Sequences
+from hdpo.files import resolve_path
 from hdpo.functional.random import derive_seeds
 from hdpo.generation import SamplingConfig, TransformersEngine
 from hdpo.generation.vllm import VLLMEngine
-from hdpo.paths import resolve_path
 from hdpo.policy import Policy, PolicyConfig
+from hdpo.policy.packing import TokenBatch
 from hdpo.rewards import Grade, Outcome
-from tests.toy import BoxedVerifier, datamodule, module, trainer
+from tests.helpers.toy import BoxedVerifier, datamodule, module, trainer
 
 pytestmark = [
     pytest.mark.vllm,
@@ -87,7 +89,7 @@ def sampling(temperature=1.0, max_new_tokens=40, eos=(EOS,)):
 
 
 def gaps(policy, prompts, out, temperature=1.0):
-    """Absolute differences between the engine's log-probabilities and the policy's, one a token."""
+    """Absolute differences between the engine's log-probabilities and the policy's, one per token."""
     flat = [ids for group in out.token_lists() for ids in group]
     contexts = [p for p in prompts for _ in range(out.ids.shape[1])]
     logps = policy.completion_logps(Sequences(contexts, flat), token_budget=4096, temperature=temperature)
@@ -98,7 +100,7 @@ def gaps(policy, prompts, out, temperature=1.0):
 def train_step(policy, optimizer, prompts):
     """A step that makes random continuations likelier."""
     completions = [p[::-1][:8] for p in prompts]
-    loss = -policy(TokenBatch.from_sequences(Sequences(prompts, completions), policy.device)).logps.mean()
+    loss = -policy(TokenBatch.from_sequences(Sequences(prompts, completions), policy.device)).mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -290,13 +292,13 @@ class Gaps(Callback):
         self.largest = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.largest.append(batch.statistics.means()["sampler/logprob_gap_max"])
+        self.largest.append(batch.measurements.means()["sampler/logprob_gap_max"])
 
 
 class ParityVerifier(BoxedVerifier):
     """Rewards a property that a random policy has half of the time, so that there is a gradient."""
 
-    def grade(self, completions, references):
+    def grade(self, completions, references, **columns):
         return [Grade(Outcome.CORRECT, 1.0) if len(c) % 2 else Grade(Outcome.WRONG, 0.0) for c in completions]
 
 
@@ -318,10 +320,62 @@ def test_the_tied_output_layer_is_cured_and_without_the_cure_caught(engine, tied
             assert len(checked.largest) == 2
             assert max(checked.largest) < 1e-4
         else:
-            with pytest.raises(RuntimeError, match=r"nats a token on average .* tied output layer"):
+            with pytest.raises(RuntimeError, match=r"nats per token on average; .* tied output layer"):
                 run.fit(hdpo, datamodule(tmp_path, **arguments))
     finally:
         other.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_skipped_synchronisation_stops_the_run_in_its_step(engine, tmp_path, monkeypatch, dtype):
+    engine.close()
+    other = VLLMEngine(dtype=dtype)
+    stream, asked = other._synchronise, []
+
+    def skipping(policy, dtype):
+        asked.append(1)
+        if len(asked) != 4:
+            stream(policy, dtype)
+
+    monkeypatch.setattr(other, "_synchronise", skipping)
+    run = trainer(tmp_path, max_steps=6, limit_val_batches=0)
+    options = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4), "distillation_weight": 0.0}
+    try:
+        with pytest.raises(StaleSamplerError, match=r"the sampler's \S+ is not the policy's: they differ by up to"):
+            run.fit(module(engine=other, verifier=ParityVerifier(), **options), datamodule(tmp_path))
+        assert run.global_step == 3
+        held = other.held_weights()
+        assert sum("norm" in name for name in held) == 7
+        assert all(rows.dtype == getattr(torch, dtype) for rows in held.values())
+    finally:
+        other.close()
+
+
+def test_weights_that_are_not_loaded_are_an_error(engine, policy, monkeypatch):
+    """vLLM itself only warns, at a level that its own setting hides."""
+    from hdpo.generation import vllm
+
+    engine.generate(policy, prompts_for(policy), seeds_for(6, 1), sampling())
+    stream = vllm.named_weights
+    monkeypatch.setattr(
+        vllm, "named_weights", lambda *a, **k: (item for item in stream(*a, **k) if item[0] != "model.norm.weight")
+    )
+    with torch.no_grad():
+        policy.model.model.norm.weight += 0.1
+    with pytest.raises(TrainingStopped, match=r"vLLM has not taken over all .*model.norm.weight"):
+        engine.generate(policy, prompts_for(policy), seeds_for(6, 1), sampling())
+    monkeypatch.undo()
+    engine.generate(policy, prompts_for(policy), seeds_for(6, 1), sampling())
+    assert torch.equal(engine.held_weights()["model.norm.weight"], policy.model.model.norm.weight)
+
+
+def test_a_prefix_cache_that_cannot_be_dropped_is_an_error(engine, policy, monkeypatch):
+    engine.generate(policy, prompts_for(policy), seeds_for(6, 1), sampling())
+    with torch.no_grad():
+        policy.model.model.norm.weight += 0.1
+    monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(TrainingStopped, match="could not drop its prefix cache"):
+        engine.generate(policy, prompts_for(policy), seeds_for(6, 1), sampling())
 
 
 def test_a_resumed_run_samples_from_the_checkpoint(engine, tmp_path):
@@ -358,8 +412,8 @@ def test_fit_of_the_laboratory_with_the_shipped_overlay(engine, tmp_path):
 
     engine.close()
     (tmp_path / "small.yaml").write_text(
-        "model: {verifier: {class_path: tests.toy.BoxedVerifier}, micro_batch_tokens: 2048}\n"
-        "data: {prompts_per_step: 6, num_train_problems: 60, num_val_problems: 12, val_batch_size: 12}\n"
+        "model: {verifier: {class_path: tests.helpers.toy.BoxedVerifier}, update: {micro_batch_tokens: 2048}}\n"
+        "data: {prompts_per_step: 6, selection: {num_train_problems: 60, num_val_problems: 12}, val_batch_size: 12}\n"
         "rollouts: {num_generations: 4, num_val_samples: 8}\n"
         f"trainer: {{max_steps: 3, val_check_interval: 3, logger: {{init_args: {{save_dir: {tmp_path / 'runs'}}}}}}}\n"
     )

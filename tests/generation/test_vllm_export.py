@@ -5,12 +5,12 @@ import importlib.util
 import pytest
 import torch
 
-from hdpo.callbacks.export import export_checkpoint
+from hdpo.commands.export import export_checkpoint
 from hdpo.experience import Sequences
 from hdpo.generation.isolation import process_state_kept
 from hdpo.generation.vllm import _ENVIRONMENT
 from hdpo.policy import Policy, PolicyConfig
-from tests import toy
+from tests.helpers import toy
 
 pytestmark = [
     pytest.mark.vllm,

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 from hdpo.data.prompts import PromptRenderer
 from hdpo.lab.build import POLICY, load
 from hdpo.lab.problems import NUM_TIERS, rows
-from hdpo.lab.scoring import boxed_answer, contexts, sample
+from hdpo.lab.scoring import contexts, sample
 from hdpo.lab.warmup import LAB_PROMPTS, Recipe
+from hdpo.rewards.boxed import last_boxed
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def lab():
 def greedy_accuracy(lab, tiers, num_problems, context="plain"):
     problems = list(rows(num_problems, split="validation", seed=11, tiers=tiers))
     texts = sample(*lab, [contexts(lab[1], row)[context] for row in problems], num_samples=None)
-    hits = [boxed_answer(t) == row["expected_answer"] for (t,), row in zip(texts, problems, strict=True)]
+    hits = [last_boxed(t) == row["expected_answer"] for (t,), row in zip(texts, problems, strict=True)]
     return sum(hits) / len(hits)
 
 

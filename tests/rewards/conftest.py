@@ -2,13 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hdpo.rewards import MathVerifier
-
-
-class HostileVerifier(MathVerifier):
-    """MathVerifier with workers that obey commands; see ``hostile_grader``."""
-
-    grader = "hostile_grader:HostileGrader"
+from tests.rewards.hostile_grader import HostileVerifier
 
 
 @pytest.fixture

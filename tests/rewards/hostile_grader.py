@@ -1,22 +1,57 @@
-"""A grader that does on command what sympy does when it goes wrong. Loaded by worker processes in the tests."""
+"""A verifier whose workers do on command what sympy does when it goes wrong."""
 
 import os
 import signal
 import sys
 import time
 
-from hdpo.rewards import Outcome
+from hdpo.rewards import Grade, Outcome
+from hdpo.rewards.base import check_pairs
+from hdpo.rewards.boxed import last_boxed
+from hdpo.rewards.worker_verifier import WorkerVerifier
+
+
+class HostileVerifier(WorkerVerifier):
+    """Its workers obey the commands in boxes; see ``hostile_grader``."""
+
+    def _grader(self):
+        return "hostile_grader:HostileGrader", {}
+
+    def submit(self, completions, references, **columns):
+        check_pairs(completions, references, **columns)
+        answers = map(last_boxed, completions)
+        return self._pending(
+            [("grade", a, r) if a else Grade(Outcome.NO_ANSWER, 0.0) for a, r in zip(answers, references, strict=True)]
+        )
+
+    def usable(self, references, **columns):
+        return self._usable([("usable", reference) for reference in references])
+
+
+def is_socket(descriptor):
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:")
+    except FileNotFoundError:  # the one that the folder was read through
+        return False
 
 
 class HostileGrader:
-    def __init__(self, profile):
-        if os.environ.get("HOSTILE_START"):
-            raise RuntimeError("refuses to start")
+    """What the workers run."""
 
-    def parseable(self, reference):
-        return self.grade(reference, reference)[0] is Outcome.CORRECT
+    def __init__(self):
+        if os.environ.get("HOSTILE_START") == "refuse":
+            raise RuntimeError("refuses to start")
+        if os.environ.get("HOSTILE_START") == "slow":
+            time.sleep(1.5)
+
+    def usable(self, reference):
+        return self.grade(reference, reference).outcome is Outcome.CORRECT
 
     def grade(self, answer, reference):
+        outcome, detail = self.obey(answer, reference)
+        return Grade(outcome, float(outcome is Outcome.CORRECT), detail)
+
+    def obey(self, answer, reference):
         command, _, argument = answer.partition(":")
         match command:
             case "hang":
@@ -51,12 +86,19 @@ class HostileGrader:
             case "alarm":
                 raise KeyboardInterrupt
             case "recurse":
-                return self.grade(answer, reference)
+                return self.obey(answer, reference)
             case "noise":
                 print("x" * 100_000)
                 print("y" * 100_000, file=sys.stderr)
                 os.write(1, b"\x00\x00\x00\x02[]")
                 sys.stdin.read()
+            case "forge":  # a pickle that would run code, sent as if it were the reply
+                (link,) = (fd for fd in os.listdir("/proc/self/fd") if is_socket(fd))
+                os.write(int(link), f"cos\nmkdir\n(V{argument}\ntR.\n".encode())
+            case "ord":
+                return Outcome.CORRECT, ",".join(str(ord(character)) for character in argument)
+            case "stderr":
+                return Outcome.CORRECT, os.readlink("/proc/self/fd/2")
             case "pid":
                 return Outcome.CORRECT, str(os.getpid())
             case "modules":

@@ -1,1 +1,0 @@
-"""Evaluation records, paired statistics and reports."""

@@ -1,0 +1,224 @@
+"""Checkpoints on disk: written whole or not at all, found again, and refused in one line where they cannot be read."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+
+from hdpo.distributed import all_max
+from hdpo.errors import ConfigError, TrainingStopped, first_line
+
+__all__ = ["CheckpointHeader", "all_finite", "read_header", "save_checkpoint", "saved_checkpoints"]
+
+_NAME = re.compile(r"(\w+)-(\d+)(?:\.(\d+))?\.ckpt")
+#: What an FSDP2 checkpoint's folder holds beside the ranks' parts: Lightning's file and PyTorch's.
+_META, _INDEX = "meta.pt", ".metadata"
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there; a folder that is half removed has no checkpoint's name."""
+    if path.is_dir() and not path.is_symlink():
+        going = path if path.name.endswith(".partial") else path.with_name(f".{path.name}.partial")
+        path.rename(going)
+        shutil.rmtree(going)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def saved_checkpoints(folder: Path, name: str = "last") -> list[Path]:
+    """Return the whole checkpoints of a folder, the newest first.
+
+    Args:
+        folder: a run's ``checkpoints``.
+        name: ``last`` or ``best``.
+    """
+    found = [(m, p) for p in folder.glob(f"{name}-*.ckpt") if (m := _NAME.fullmatch(p.name))]
+    return [p for _, p in sorted(found, key=lambda item: (int(item[0][2]), int(item[0][3] or 0)), reverse=True)]
+
+
+# ---------------------------------------------------------------------- writing
+
+
+class DirectIO(TorchCheckpointIO):
+    """Writes where it is told to; Lightning's own goes through memory and the system's temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint to one file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with Path(path).open("wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's writer fails once more when it closes the file
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else error from None
+
+
+def save_checkpoint(trainer: Any, folder: Path, name: str, num_kept: int) -> None:
+    """Write a checkpoint of all ranks beside the ones before, then let ``<name>.ckpt``, a link, point to it.
+
+    At every moment the link leads to a whole checkpoint, also if the process is killed or the disk fills up. All ranks
+    must call it together.
+
+    Args:
+        trainer: whose state is saved.
+        folder: where to.
+        name: of the link; the checkpoint itself is called ``<name>-<step>.ckpt``.
+        num_kept: how many checkpoints of this name are kept, the newest ones.
+
+    Raises:
+        TrainingStopped: a weight or a state of the optimizer is not finite, or the checkpoint cannot be written. What
+            was saved before stays.
+    """
+    step = trainer.global_step
+    kept = f"the last good checkpoint is {folder / f'{name}.ckpt'}" if (folder / f"{name}.ckpt").exists() else ""
+    finite = all_finite(_state_tensors(trainer))
+    if all_max([not finite], trainer.strategy.root_device)[0]:
+        raise TrainingStopped(
+            f"after step {step} the policy's weights or the optimizer's state are not finite, so nothing was saved; "
+            f"{kept or 'lower the learning rate'}"
+        )
+    path = trainer.strategy.broadcast(_free_path(folder, name, step))
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if trainer.is_global_zero:
+            for old in folder.glob(f".{name}-*.partial"):  # what a killed run left
+                _remove(old)
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(partial, weights_only=False)  # ends with a barrier
+        if trainer.is_global_zero:
+            _put_in_place(partial, path, folder / f"{name}.ckpt")
+            for old in saved_checkpoints(folder, name)[num_kept:]:
+                _remove(old)
+    except (OSError, CheckpointException) as error:
+        _remove(partial)
+        raise TrainingStopped(
+            f"the checkpoint of step {step} cannot be written to {folder} ({first_line(error)}); "
+            f"{kept or 'there is none before it'}: free space, then resume"
+        ) from error
+    trainer.strategy.barrier()
+
+
+def _state_tensors(trainer: Any) -> Iterator[Tensor]:
+    """Parameters and optimizer state of this rank."""
+    yield from trainer.lightning_module.parameters()
+    for optimizer in trainer.optimizers:
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every element is finite; of a sharded tensor, those of this rank. One device read for all of them."""
+    verdicts: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        local = getattr(tensor, "to_local", None)  # a DTensor under FSDP2
+        values = tensor if local is None else local()
+        verdicts.setdefault(values.device, []).append(values.isfinite().all())
+    return all(bool(torch.stack(part).all()) for part in verdicts.values())
+
+
+def _free_path(folder: Path, name: str, step: int) -> Path:
+    """A name that no checkpoint has: a run that is resumed may save a step again."""
+    paths = (folder / f"{name}-{step:06d}{'' if n == 0 else f'.{n}'}.ckpt" for n in range(1 << 30))
+    return next(path for path in paths if not path.exists())
+
+
+def _put_in_place(partial: Path, path: Path, link: Path) -> None:
+    for written in (partial, *partial.rglob("*")) if partial.is_dir() else (partial,):
+        _flush(written)
+    os.rename(partial, path)
+    new = link.with_name(f".{link.name}.link")
+    _remove(new)
+    new.symlink_to(path.name)
+    if link.is_dir() and not link.is_symlink():  # a copy that somebody made; no system call replaces it by a link
+        _remove(link)
+    os.replace(new, link)
+    _flush(link.parent)
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file's content, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+class CheckpointHeader(NamedTuple):
+    """What a checkpoint says of itself.
+
+    Attributes:
+        step: optimizer steps that it has seen.
+        shapes: name -> shape of each of the policy's weights.
+    """
+
+    step: int
+    shapes: dict[str, tuple[int, ...]]
+
+
+def read_header(key: str, path: str | Path) -> CheckpointHeader:
+    """Read a checkpoint's header, without its weights.
+
+    Args:
+        key: the option that named it, for messages.
+        path: a file, or the folder of an FSDP2 checkpoint.
+
+    Raises:
+        ConfigError: there is none, it is cut off or broken, or something else; the message names file and cause.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"{key}: there is no file or folder {str(path)!r}")
+    try:
+        step, shapes = _folder_header(path) if path.is_dir() else _file_header(path)
+    except Exception as error:  # whatever a broken file makes of the unpickler
+        raise ConfigError(
+            f"{key}: {path} is not a checkpoint, or it is cut off or broken ({first_line(error)})"
+        ) from error
+    shapes = {name: shape for name, shape in shapes.items() if name.startswith("policy.")}
+    if not shapes:
+        raise ConfigError(f"{key}: {path} is a checkpoint of something else: it holds no weights called policy.*")
+    return CheckpointHeader(int(step), shapes)
+
+
+def _file_header(path: Path) -> tuple[int, dict[str, tuple[int, ...]]]:
+    content = torch.load(path, map_location="meta", weights_only=True)
+    shapes = {name: tuple(value.shape) for name, value in content["state_dict"].items()}
+    return content["global_step"], shapes
+
+
+def _folder_header(path: Path) -> tuple[int, dict[str, tuple[int, ...]]]:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    for name in (_META, _INDEX):
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+    index = FileSystemReader(path).read_metadata()
+    for info in (index.storage_data or {}).values():
+        part = path / info.relative_path
+        if not part.is_file() or part.stat().st_size < info.offset + info.length:
+            raise ValueError(f"{info.relative_path} is missing or cut off")
+    content = torch.load(path / _META, map_location="meta", weights_only=True)
+    shapes = {
+        name.removeprefix("state_dict."): tuple(item.size)
+        for name, item in index.state_dict_metadata.items()
+        if name.startswith("state_dict.") and hasattr(item, "size")
+    }
+    return content["global_step"], shapes

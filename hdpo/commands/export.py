@@ -1,0 +1,73 @@
+"""``python -m hdpo export``: a checkpoint's policy as a Hugging Face model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hdpo.checkpoints import all_finite, read_header
+from hdpo.errors import ConfigError
+from hdpo.files import find_config
+from hdpo.policy import Policy, PolicyConfig, load_tokenizer
+
+__all__ = ["export_checkpoint", "main"]
+
+_PREFIX = "policy."
+
+
+def _checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Weights of the policy's model in a checkpoint: one file, or the folder that FSDP2 writes."""
+    read_header("--ckpt_path", path)
+    if path.is_dir():
+        from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+        checkpoint = _load_distributed_checkpoint(path)  # its meta.pt with weights_only
+    else:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    weights = {k.removeprefix(_PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(_PREFIX)}
+    if not all_finite(weights.values()):
+        raise ConfigError(f"--ckpt_path: {path} holds weights that are not finite; export the one before")
+    return weights
+
+
+def export_checkpoint(config: PolicyConfig, checkpoint: str | Path, out: str | Path) -> None:
+    """Write a checkpoint's policy, whatever strategy saved it, as a Hugging Face model with its tokenizer.
+
+    Raises:
+        ConfigError: there is no such checkpoint, it holds no policy, or one of another architecture than ``config``
+            names.
+    """
+    weights = _checkpoint_weights(Path(checkpoint))
+    policy = Policy.load(config)
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--ckpt_path: the weights in {checkpoint} do not fit model.policy.path={config.path!r}; give the "
+            "config.yaml of the run that wrote them"
+        ) from error
+    policy.save(out, load_tokenizer(config))
+
+
+def main(args: Sequence[str]) -> int:
+    """Run ``python -m hdpo export``; returns the exit status."""
+    import yaml
+
+    parser = argparse.ArgumentParser(prog="python -m hdpo export", description=export_checkpoint.__doc__)
+    parser.add_argument("--config", action="append", required=True, help="the run's config.yaml; later ones override")
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint file, or folder of a sharded one")
+    parser.add_argument("--out", required=True, help="folder to write")
+    options = parser.parse_args(args)
+    settings: dict[str, Any] = {}
+    for file in options.config:
+        content = yaml.safe_load(Path(find_config(file)).read_text(encoding="utf-8")) or {}
+        settings.update((content.get("model") or {}).get("policy") or {})
+    if "path" not in settings:
+        raise ConfigError(f"--config: model.policy.path is in none of {', '.join(options.config)}")
+    export_checkpoint(PolicyConfig(**settings), options.ckpt_path, options.out)
+    print(f"policy: {options.out}")
+    return 0

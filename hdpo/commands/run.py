@@ -1,0 +1,377 @@
+"""fit, validate, test and predict: LightningCLI for our module and data module.
+
+The stations, the samples, evaluation records, checkpoints and the export are not entries of ``trainer.callbacks`` (a
+list that a second config replaces whole) but sections of their own: no YAML can drop or reorder them.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast
+
+import yaml
+from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from hdpo.callbacks import (
+    BestCheckpoint,
+    CliffDetection,
+    CliffReplay,
+    DistillationRefresh,
+    Evaluation,
+    LastCheckpoint,
+    PolicyExport,
+    PredictionWriter,
+    RolloutGeneration,
+    SampleLogger,
+)
+from hdpo.checkpoints import read_header, saved_checkpoints
+from hdpo.commands.run_folder import RunFolder, find_run, is_finished, mark_finished
+from hdpo.data import OpenMathDataModule
+from hdpo.data.batches import check_batch
+from hdpo.errors import ConfigError, StopRequested, TrainingStopped, first_line
+from hdpo.evaluation.runs import flat_config
+from hdpo.files import find_config
+from hdpo.module import HDPOModule
+from hdpo.trainer import check_strategy
+from hdpo.yaml_strings import keep_strings
+
+__all__ = ["HDPOCLI", "main", "read_config"]
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,
+    # The stream of prompts has no end and no epochs: validation counts steps.
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    # The data module's own sampler is exact on resume and independent of the number of ranks.
+    "use_distributed_sampler": False,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+}
+
+_MODEL_DEFAULTS = {
+    "model.engine": {"class_path": "hdpo.generation.TransformersEngine"},
+    "model.verifier": {"class_path": "hdpo.rewards.MathVerifier"},
+    "model.policy_loss": {"class_path": "hdpo.losses.ClippedPolicyLoss"},
+    "model.divergence": {"class_path": "hdpo.losses.JSD"},
+    "model.teacher": {"class_path": "hdpo.teacher.DriftingTeacher"},
+}
+"""So that `--model.divergence.init_args.tail paper` needs no class."""
+
+_SECTIONS = {
+    "replay": CliffReplay,
+    "samples": SampleLogger,
+    "evaluation": Evaluation,
+    "predictions": PredictionWriter,
+    "export": PolicyExport,
+    "checkpoint": LastCheckpoint,
+    "best_checkpoint": BestCheckpoint,
+}
+"""Callbacks beside the step, in the order in which they act."""
+
+
+class OneLineParser(LightningArgumentParser):
+    """Tells what is wrong in one line, where the library prints hundreds of options first."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with status 2, or raise for a caller that wants to know."""
+        if not self.exit_on_error or os.environ.get("HDPO_TRACEBACK") == "1":
+            super().error(message, ex)
+        mistake = _cause(ex, ConfigError)
+        print(f"hdpo: error: {mistake or _explained(_one_line(message))}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class SavedConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` and hands the configuration to the loggers.
+
+    Not through ``save_hyperparameters``, whose values would override the command line's on resume.
+    """
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Give each logger the flat configuration, with the names of its files as ``method``."""
+        config = flat_config(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+        config["method"] = "+".join(Path(str(file)).stem for file in self.config.get("config") or [])
+        for logger in trainer.loggers:
+            # TensorBoard's HParams need the names of metrics as well, which the first evaluation brings.
+            no_metrics: tuple[Any, ...] = ({},) if isinstance(logger, TensorBoardLogger) else ()
+            logger.log_hyperparams(config, *no_metrics)
+
+
+class _NothingToDo(Exception):
+    """The run that was to be resumed is finished."""
+
+
+class HDPOCLI(LightningCLI):
+    """LightningCLI for this module and data module."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.folder: RunFolder | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if self.folder is not None:
+                self.folder.release()
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the sections, and hand the stations to the module that brings them."""
+        for name, station in (
+            ("rollouts", RolloutGeneration),
+            ("cliffs", CliffDetection),
+            ("distillation", DistillationRefresh),
+        ):
+            parser.add_class_arguments(station, name)
+            parser.link_arguments(name, f"model.{name}", apply_on="instantiate")
+        for name, callback in _SECTIONS.items():
+            parser.add_lightning_class_args(callback, name)
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,
+            default=None,
+            help="auto: continue the newest run of this configuration from its last good checkpoint; start anew where "
+            "there is none",
+        )
+        parser.set_defaults(_MODEL_DEFAULTS)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
+
+    def instantiate_classes(self) -> None:
+        """As Lightning does; a value out of range and a missing package are the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, ImportError) as error:
+            # The library tries every type of a Union, and makes an error of its own of what each of them says.
+            if mistake := _cause(error, ConfigError):
+                raise mistake from error
+            if missing := _cause(error, ModuleNotFoundError):
+                raise ConfigError(f"{first_line(missing)}: install it, or name another class") from error
+            raise
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads the whole checkpoint here, for hyper-parameters that ours does not hold."""
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint that is meant, and claim the run's folder, before anything is loaded or written."""
+        command = self.subcommand
+        config = self.config[command]
+        self.folder = RunFolder.of(config["trainer"])
+        resume, wanted = config["resume"], config["ckpt_path"]
+        if config.get("weights_only") is None:
+            config["weights_only"] = True  # a checkpoint's pickle must not run code
+        if resume is not None and (command != "fit" or wanted is not None):
+            raise ConfigError("--resume is for fit, and without --ckpt_path, which names a checkpoint itself")
+        run = checkpoint = None
+        if resume == "auto" or wanted in ("last", "best"):
+            text = self._parser(command).dump(config, skip_none=False)
+            run, checkpoint = find_run(self.folder, text, wanted or "last")
+            if wanted and checkpoint is None:
+                raise ConfigError(
+                    f"--ckpt_path {wanted}: {self.folder.root} holds no run of this configuration with {wanted}.ckpt; "
+                    "name the file, or leave --ckpt_path out to start anew"
+                )
+            if resume and run is not None and is_finished(run):
+                raise _NothingToDo(f"{run} is finished: there is nothing to resume")
+            where = f"{run} from {checkpoint.name}" if checkpoint else "nothing to resume: the run starts anew"
+            if _get_rank() in (None, 0):
+                print(f"--resume auto: {where}", flush=True)
+        elif wanted is not None:
+            read_header("--ckpt_path", wanted)
+            checkpoint, run = Path(wanted), Path(wanted).resolve().parent.parent
+        config["ckpt_path"] = None if checkpoint is None else str(checkpoint)
+        # From an older checkpoint or the best one a new run begins, so that the later steps stay what they are.
+        newest = run is not None and (
+            checkpoint is None
+            or checkpoint.name == "last.ckpt"
+            or checkpoint.resolve() in saved_checkpoints(run / "checkpoints")[:1]
+        )
+        continues = command == "fit" and newest and (cast(Path, run) / "config.yaml").is_file()
+        if continues and self.folder.version is None:
+            self.folder.use(cast(Path, run))
+        self.folder.claim(again=continues and self.folder.path.resolve() == run)
+
+    def after_fit(self) -> None:
+        """Note that the run is finished."""
+        if self.trainer.is_global_zero and self.trainer.state.finished:
+            mark_finished(Path(self.trainer.log_dir or self.trainer.default_root_dir))
+
+    @property
+    def _num_processes(self) -> int:
+        return int(self.trainer.num_devices * self.trainer.num_nodes)  # trainer.world_size is not known yet
+
+    def _check(self) -> None:
+        """Refuse what cannot work, before Lightning starts the other processes."""
+        check_strategy(self.trainer.strategy, self._num_processes)
+
+    before_validate = before_test = before_predict = _check
+
+    def before_fit(self) -> None:
+        """As for the other commands, and refuse an indivisible batch."""
+        self._check()
+        check_batch(self.datamodule.prompts_per_step, self._num_processes, self.model.update.num_minibatches)
+
+
+def _seed(value: bool | int) -> int:
+    if isinstance(value, bool):
+        raise ConfigError("seed_everything must be an integer: every random number of a run derives from it")
+    return value
+
+
+def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """The first error of a kind among an error and its causes."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _one_line(message: str) -> str:
+    """The library's indented explanation as one line, without the repetitions of the value at its end."""
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("Given value type:", "Given value:")))
+
+
+_TRUNCATED_SAMPLING = re.compile(r"\b(top_p|top_k|min_p)\b")
+
+
+def _explained(message: str) -> str:
+    """Say why there is no such key where a user looks for truncated sampling."""
+    if found := _TRUNCATED_SAMPLING.search(message):
+        return (
+            f"{found[1]} is refused: the loss needs the log-probabilities of the distribution that was sampled, so "
+            f"completions come from the full one ({message})"
+        )
+    return message
+
+
+def _quieten() -> None:
+    """Silence what says nothing about this run; errors and real warnings stay."""
+    import transformers
+
+    for message in (
+        "LightningCLI's args parameter is intended to run from within Python",
+        # The checkpoint holds the weights after the step, which is what is wanted.
+        "Using ModelCheckpoint with manual optimization",
+        r".*isinstance\(treespec, LeafSpec\)",
+        # The metrics of an evaluation have merged all ranks' counts already.
+        r"It is recommended to use `self\.log\(.*sync_dist=True",
+        # Prompts are token ids already: there is nothing for loader processes to do.
+        ".*does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _with_config_files(args: Sequence[str]) -> list[str]:
+    """The arguments with every ``--config`` as the path of a YAML file: shipped configurations go by their names."""
+    found = list(args)
+    for i, argument in enumerate(found):
+        key, separator, value = argument.partition("=")
+        if key in ("--config", "-c") and separator:
+            found[i] = f"{key}={_config_file(value)}"
+        elif key in ("--config", "-c") and i + 1 < len(found):
+            found[i + 1] = _config_file(found[i + 1])
+    return found
+
+
+def _config_file(name: str) -> str:
+    path = find_config(name)
+    try:
+        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{place}: not YAML ({error.problem})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({first_line(error)})") from error
+    return path
+
+
+def main(args: Sequence[str]) -> int:
+    """Run a command of LightningCLI.
+
+    Args:
+        args: the command and its arguments.
+
+    Returns:
+        The exit status: 0; 3 where training stopped itself; 75 where it was asked to end and can be resumed.
+
+    Raises:
+        ConfigError: a mistake of the user's.
+    """
+    _quieten()
+    keep_strings()
+    try:
+        with _ending_at_once():
+            HDPOCLI(
+                HDPOModule,
+                OpenMathDataModule,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=42,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                save_config_callback=SavedConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_class=OneLineParser,
+                parser_kwargs={"prog": "python -m hdpo", "description": "HDPO: see python -m hdpo --help"},
+                args=_with_config_files(args),
+            )
+    except _NothingToDo as done:
+        print(done)
+    except StopRequested as stop:
+        print(f"hdpo: ended ({stop.reason}); fit goes on with --resume auto", file=sys.stderr)
+        return 75
+    except TrainingStopped as stop:
+        print(f"hdpo: stopped: {stop}", file=sys.stderr)
+        return 3
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"hdpo: stopped: {error}; free space, then go on with --resume auto", file=sys.stderr)
+        return 3
+    except MisconfigurationException as error:  # Lightning's own name for a mistake of the user's
+        raise ConfigError(first_line(error)) from error
+    return 0
+
+
+def read_config(args: Sequence[str]) -> dict[str, Any]:
+    """The complete configuration that ``fit`` would run, as :func:`flat_config` writes it, without keys that are null.
+
+    Args:
+        args: of ``fit``; where it would refuse them, the process ends as it would.
+    """
+    with redirect_stdout(io.StringIO()) as printed:
+        try:
+            main(["fit", *args, "--print_config"])
+        except SystemExit as exit_:
+            if exit_.code:
+                raise
+    return {k: v for k, v in flat_config(yaml.safe_load(printed.getvalue())).items() if v is not None}
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """End on SIGTERM and SIGINT alike while there is nothing to save; training has a handler of its own."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise StopRequested(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

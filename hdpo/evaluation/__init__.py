@@ -1,0 +1,1 @@
+"""How good a policy is: torchmetrics, evaluation records, intervals, statistics over runs, figures."""

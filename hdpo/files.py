@@ -1,0 +1,121 @@
+"""Paths and Python objects that a configuration may name, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hdpo.errors import ConfigError
+
+__all__ = ["find_config", "import_object", "resolve_path", "run_folder", "whole_file", "write_text"]
+
+_PACKAGE = "pkg://"
+
+
+def resolve_path(path: str) -> str:
+    """Resolve ``pkg://package.module/folder`` to the folder inside that installed package; return others unchanged.
+
+    Raises:
+        ConfigError: the package or the folder does not exist.
+
+    Example:
+        >>> resolve_path("Qwen/Qwen2.5-Math-1.5B-Instruct")
+        'Qwen/Qwen2.5-Math-1.5B-Instruct'
+    """
+    if not path.startswith(_PACKAGE):
+        return path
+    package, _, inner = path.removeprefix(_PACKAGE).partition("/")
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{path}: there is no installed package {package!r}")
+    folder = Path(next(iter(spec.submodule_search_locations))) / inner
+    if not folder.exists():
+        raise ConfigError(f"{path}: the package {package!r} has no {inner!r}")
+    return str(folder)
+
+
+def find_config(name: str) -> str:
+    """Return the path of a configuration file: ``name`` itself, or the one of that name that ships with the package.
+
+    Raises:
+        ConfigError: there is neither.
+
+    Example:
+        >>> Path(find_config("lab")).name, Path(find_config("strategy/ddp.yaml")).name
+        ('lab.yaml', 'ddp.yaml')
+    """
+    shipped = Path(__file__).parent / "configs"
+    for path in (Path(name), shipped / name, shipped / f"{name}.yaml"):
+        if path.is_file():
+            return str(path)
+    known = ", ".join(sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml")))
+    raise ConfigError(f"--config: there is no file {name!r}, and none of that name ships with hdpo (these do: {known})")
+
+
+def run_folder(trainer: Any) -> Path:
+    """The folder of a run: the logger's, or ``default_root_dir`` without one.
+
+    All ranks must call it: Lightning broadcasts the first rank's, and a rank alone would wait forever.
+    """
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Let a file appear under ``path`` whole or not at all, also if the process is killed or the disk fills up.
+
+    Args:
+        path: the file; missing folders are created, an existing file is replaced.
+
+    Yields:
+        A path beside it to write to, which is flushed to disk and takes its place when the block ends without an error.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file (UTF-8) that appears whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def import_object(key: str, path: str) -> Any:
+    """Import what ``package.module:name`` names; what is in the working folder is found where Python looks there.
+
+    Args:
+        key: the configuration key that the message names.
+        path: module and name, separated by a colon.
+
+    Raises:
+        ConfigError: the path is not of this form, or there is no such module or name.
+
+    Example:
+        >>> import_object("reward", "math:gcd")(4, 6)
+        2
+    """
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise ConfigError(f"{key}: {path!r} is not of the form package.module:name")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{key}: {path}: {error}") from error
+    except AttributeError:
+        raise ConfigError(f"{key}: {path}: the module {module_name} has no {name!r}") from None

@@ -1,0 +1,28 @@
+"""The paper's optimizer and schedule (Table 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+__all__ = ["LinearWarmup", "paper_adamw"]
+
+
+def paper_adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as in the paper's Table 2: learning rate 1e-6, betas (0.9, 0.999), eps 1e-8, weight decay 0.01."""
+    return torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+
+
+class LinearWarmup(torch.optim.lr_scheduler.LinearLR):
+    """Linear from ``start_factor`` to 1 over ``num_warmup_steps`` steps, then constant (paper, Table 2).
+
+    Args:
+        optimizer: whose learning rate is scaled.
+        num_warmup_steps: steps until the full learning rate; 0 starts with it.
+        start_factor: share of the learning rate in the first step, in (0, 1].
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, num_warmup_steps: int = 50, start_factor: float = 0.1) -> None:
+        factor = start_factor if num_warmup_steps > 0 else 1.0
+        super().__init__(optimizer, start_factor=factor, end_factor=1.0, total_iters=max(1, num_warmup_steps))

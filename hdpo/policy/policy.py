@@ -1,0 +1,293 @@
+"""The policy: any causal language model of transformers, read token by token.
+
+The policy knows nothing of parallelism (:mod:`hdpo.distributed` shards it) and nothing of losses. It turns ragged
+sequences into per-token numbers: log-probabilities of what was sampled, or of a teacher's top k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from hdpo.errors import ConfigError, first_line
+from hdpo.experience import Sequences
+from hdpo.files import resolve_path
+from hdpo.functional.logprobs import CHUNK_ELEMENTS, selected_logps, topk_logits
+from hdpo.policy.attention import MASKED_KINDS, PrefixCache, attention_kinds, attention_masks, grouped_attention
+from hdpo.policy.packing import Packing, TokenBatch, pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Policy", "PolicyConfig", "load_tokenizer"]
+
+
+@dataclass
+class PolicyConfig:
+    """Which model is trained, and how it is held.
+
+    Attributes:
+        path: hub id, local folder, or ``pkg://package/folder`` for weights that ship inside a Python package.
+        revision: branch, tag or commit on the hub.
+        dtype: dtype of the master weights. Keep ``float32``: at a learning rate of 1e-6 updates of bfloat16 weights
+            are rounded away. The computation's dtype is ``trainer.precision``.
+        attn_implementation: attention of transformers: ``sdpa``, ``flash_attention_2``, ``eager``.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more compute.
+        trust_remote_code: allow model code from the hub.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that stands beside the policy.
+
+    Raises:
+        ConfigError: there is none, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve_path(config.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _load_error("tokenizer", config.path, error) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {config.path!r} has no end-of-sequence token: completions could not end")
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _load_error(what: str, path: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"model.policy.path: cannot load a {what} from {path!r} ({first_line(error)}). Give a hub id that this machine "
+        "can reach or a local folder with config.json, the weights and the tokenizer."
+    )
+
+
+class Policy(nn.Module):
+    """A causal language model whose output layer is applied to chunks of positions only.
+
+    Args:
+        model: a transformers model with a base model and an output embedding.
+        chunk_elements: see :func:`hdpo.functional.logprobs.selected_logps`.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk_elements: int = CHUNK_ELEMENTS) -> None:
+        super().__init__()
+        text = model.config.get_text_config()
+        for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+            if getattr(text, name, None) not in (None, 1, 1.0):
+                raise ConfigError(
+                    f"{model.config.model_type}: its logits pass through {name}, which the chunked output layer "
+                    "does not apply; choose a policy without it"
+                )
+        self.model = model
+        self.chunk_elements = chunk_elements
+        # Dropout would make the policy that is trained another one than the policy that was sampled.
+        for module in (*model.modules(), text):
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            for name, value in vars(module).items():
+                if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+                    setattr(module, name, 0.0)
+
+    @classmethod
+    def load(cls, config: PolicyConfig) -> Policy:
+        """Load weights and architecture.
+
+        Raises:
+            ConfigError: nothing loadable at ``config.path``; the message names the key.
+        """
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {
+            "revision": config.revision,
+            "dtype": getattr(torch, config.dtype),
+            "attn_implementation": config.attn_implementation,
+            "trust_remote_code": config.trust_remote_code,
+            "output_loading_info": True,
+        }
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), **options)
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            raise _load_error("causal language model", config.path, error) from error
+        model, info = loaded
+        # transformers draws at random what it does not find.
+        for what, names in (
+            ("lacks the weights", sorted(info["missing_keys"])),
+            ("holds values that are not finite in", [n for n, p in model.named_parameters() if not p.isfinite().all()]),
+        ):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise ConfigError(f"model.policy.path: {config.path!r} {what} {', '.join(names[:3])}{more}")
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.config.use_cache = False
+        return cls(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows of the output layer (it may exceed the tokenizer's vocabulary)."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its output layer."""
+        return self.model.base_model
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a completion, from the generation config and the model config."""
+        for config in (self.model.generation_config, self.model.config):
+            ids = getattr(config, "eos_token_id", None)
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+        raise ConfigError("the policy names no eos_token_id in generation_config.json or config.json")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of products: autocast's if it is active, else that of the weights."""
+        weight = cast(Tensor, self.model.get_output_embeddings().weight)
+        device = weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+    def output_layer(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return hidden states, output weight and bias in the dtype of the computation (autocast's, if active)."""
+        head = self.model.get_output_embeddings()
+        dtype = self.compute_dtype
+        bias = getattr(head, "bias", None)
+        return hidden.to(dtype), head.weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def pack(self, sequences: Sequences, token_budget: int) -> Packing:
+        """Group sequences into micro-batches in the layout that costs this policy the fewest tokens."""
+        if self.model.config.get_text_config()._attn_implementation.startswith("flash"):
+            return pack(sequences, token_budget, ("packed",))
+        return pack(sequences, token_budget, ("padded", "shared") if self._shares_prefixes() else ("padded",))
+
+    def _shares_prefixes(self) -> bool:
+        # Recomputed layers take no cache. A sharded policy would gather its weights for the prompts once more, and all
+        # ranks would have to agree on the layout.
+        if self.model.is_gradient_checkpointing or any(hasattr(p, "device_mesh") for p in self.parameters()):
+            return False
+        return set(attention_kinds(self.model)) <= MASKED_KINDS
+
+    def _hidden(self, batch: TokenBatch) -> Tensor:
+        """Hidden states ``[M, H]`` that predict the completion tokens; all others never meet the output layer."""
+        if batch.prefixes is not None:
+            return self._hidden_after_prefixes(batch)
+        positions = batch.position_ids
+        hidden = self.backbone(input_ids=batch.input_ids, position_ids=positions, use_cache=False).last_hidden_state
+        return cast(Tensor, hidden).flatten(0, 1).index_select(0, batch.positions)
+
+    def _hidden_after_prefixes(self, batch: TokenBatch) -> Tensor:
+        """Read each prompt once, then all completions behind the keys and values of theirs."""
+        prefixes = batch.prefixes
+        assert prefixes is not None
+        cache = PrefixCache(len(attention_kinds(self.model)), prefixes.rows)
+        width = prefixes.ids.shape[1]
+        columns = torch.arange(width, device=self.device)
+        read = partial(self.backbone, past_key_values=cache, use_cache=True)
+        # Padding on the right: causal attention never looks at it, the completions' mask leaves it out.
+        hidden = read(input_ids=prefixes.ids, position_ids=columns.expand_as(prefixes.ids)).last_hidden_state
+        parts = [hidden.flatten(0, 1)]
+        if batch.input_ids.shape[1]:
+            lengths = prefixes.lengths[prefixes.rows][:, None]
+            positions = lengths + torch.arange(batch.input_ids.shape[1], device=self.device)
+            beyond = int(positions.max()) + 1
+            keys = torch.cat([torch.where(columns < lengths, columns, beyond), positions], -1)
+            mask = attention_masks(self.model, positions, keys, self.compute_dtype)
+            with grouped_attention(self.model):
+                hidden = read(input_ids=batch.input_ids, position_ids=positions, attention_mask=mask).last_hidden_state
+            parts.append(hidden.flatten(0, 1))
+        return torch.cat(parts).index_select(0, batch.positions)
+
+    def forward(
+        self, batch: TokenBatch, ids: Tensor | None = None, *, topk: int | None = None, temperature: float = 1.0
+    ) -> Any:
+        """Per-token numbers of one micro-batch. One entry point, because sharding hooks into ``forward``.
+
+        Args:
+            batch: the micro-batch, with M completion tokens.
+            ids: ``[M, S]`` ids whose log-probabilities are wanted; default the completion tokens.
+            topk: if given, return the k largest logits of each position instead (no gradient).
+            temperature: softmax temperature of the log-probabilities.
+
+        Returns:
+            Log-probabilities in nats, ``[M]`` of the completion tokens, or ``[M, S]`` where ``ids`` are given; with
+            ``topk`` the pair (ids ``[M, k]`` int32, logits ``[M, k]``).
+        """
+        hidden, weight, bias = self.output_layer(self._hidden(batch))
+        if topk is not None:
+            return topk_logits(hidden, weight, bias, topk, chunk_elements=self.chunk_elements)
+        wanted = batch.targets[:, None] if ids is None else ids.long()
+        logps = selected_logps(
+            hidden, weight, bias, wanted, temperature=temperature, chunk_elements=self.chunk_elements
+        )
+        # A copy, since FSDP2 warns of views.
+        return logps[:, 0].clone() if ids is None else logps
+
+    @torch.no_grad()
+    def completion_logps(
+        self, sequences: Sequences, *, token_budget: int, temperature: float = 1.0, num_passes: int | None = None
+    ) -> list[Tensor]:
+        """Log-probability of each completion token, per sequence, without gradient.
+
+        Args:
+            sequences: N contexts and completions.
+            token_budget: tokens of one forward pass.
+            temperature: softmax temperature.
+            num_passes: forward passes that all ranks make (a sharded policy is a collective); the missing ones are
+                made on a dummy token.
+
+        Returns:
+            One ``[length]`` float32 tensor per sequence, in nats.
+        """
+        results: list[Any] = [None] * len(sequences.prompt_ids)
+        packing = self.pack(sequences, token_budget)
+        for group in packing.groups:
+            batch = TokenBatch.from_sequences(sequences.select(group), self.device, packing.layout)
+            logps = self(batch, temperature=temperature)
+            for i, part in zip(group, logps.split(batch.lengths), strict=True):
+                results[i] = part
+        for _ in range((num_passes or 0) - len(packing.groups)):
+            self(TokenBatch.placeholder(self.device))
+        return results
+
+    def save(
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write the policy (and its tokenizer) in the Hugging Face format.
+
+        Args:
+            folder: where to.
+            tokenizer: written beside the weights if given.
+            state_dict: the model's unsharded weights, where it is sharded itself.
+        """
+        self.model.config.use_cache = True
+        try:
+            self.model.save_pretrained(folder, state_dict=state_dict)
+        finally:
+            self.model.config.use_cache = False
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)

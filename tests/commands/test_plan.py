@@ -1,0 +1,250 @@
+"""``python -m hdpo plan``: what it reads from configurations, what it recommends, and bad input in one clear line."""
+
+from pathlib import Path
+
+import pytest
+
+from hdpo.cli import main
+from hdpo.commands.memory import GIB, PHASES, Shape, memory
+from hdpo.commands.plan import policy_config
+from hdpo.commands.run import read_config
+
+HDPO = ("--config", "hdpo")
+SGD = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1")
+VLLM, FSDP2 = ("--config", "engine/vllm"), ("--config", "strategy/fsdp2")
+ROOT = Path(__file__).parents[2]
+SHAPE = Shape.of(policy_config("Qwen/Qwen2.5-1.5B"))
+WEIGHTS = 4 * SHAPE.num_parameters
+
+
+def planned(*arguments):
+    """Bytes by phase."""
+    return memory(SHAPE, read_config([*HDPO, *arguments]), 1, 80 * GIB)
+
+
+def rows(capsys, *arguments, status=0):
+    """(strategy, engine) -> the row that the command prints, by column; the columns' names are known."""
+    assert main(["plan", *arguments]) == status
+    head, line, *found = [row.strip("| \n").split("|") for row in capsys.readouterr().out.splitlines()]
+    names = [name.strip() for name in head]
+    assert names[:10] == ["policy", "GPUs", "strategy", "engine", *PHASES]
+    assert {cell.strip() for cell in line} == {"---"}
+    found = [dict(zip([*names[:10], "set"], map(str.strip, row), strict=True)) for row in found]
+    return {(row["strategy"], row["engine"]): row for row in found}
+
+
+@pytest.fixture(scope="module")
+def before():
+    return planned()
+
+
+KL = ("--model.policy_loss.kl_coef", "0.1")
+FROZEN, EMA = ("--config", "teacher/frozen"), ("--config", "teacher/ema")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes"),
+    [
+        # Frozen teacher, reference and sampler are one copy of the initial policy; an average is another.
+        ((*FROZEN, *KL, "--distillation.sampled_by", "initial"), dict.fromkeys(PHASES, WEIGHTS)),
+        (("--distillation.sampled_by", "initial", "--model.update.log_gradient_norms", "true"),
+         dict.fromkeys(PHASES, WEIGHTS) | {"update": 2 * WEIGHTS}),
+        ((*EMA, *KL, "--model.optimizer.fused", "true"), dict.fromkeys(PHASES, 2 * WEIGHTS) | {"optimizer": WEIGHTS}),
+        (("--model.optimizer.amsgrad", "true"), dict.fromkeys(PHASES, WEIGHTS)),
+        ((*SGD, "--model.optimizer.momentum", "0.9"), dict.fromkeys(PHASES, -WEIGHTS)),
+        ((*SGD, "--model.optimizer.foreach", "false"),
+         dict.fromkeys(PHASES, -2 * WEIGHTS) | {"optimizer": -3 * WEIGHTS}),
+    ],
+)  # fmt: skip
+def test_a_key_moves_the_phases_that_it_should(before, arguments, changes):
+    after = planned(*arguments)
+    assert {phase: after[phase] - before[phase] for phase in PHASES} == changes
+
+
+#: Bytes of 256 sequences' KV cache per token of each: keys in float32, values in bfloat16.
+COLUMN = 256 * 28 * 256 * (4 + 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phase", "columns"),
+    [
+        (("--rollouts.val_max_new_tokens", "2072"), "validation", -1000),
+        (("--data.val_sources", "{a: {path: x, max_new_tokens: 4072}, b: {path: y}}"), "validation", 1000),
+        (("--data.selection.max_privileged_tokens", "1048"), "privileged", -500),  # 128 sequences
+        (("--distillation.max_cliffs_per_step", "8"), "privileged", -1536),  # 32 sequences of 4,096, not 128
+    ],
+)
+def test_the_cache_is_as_long_as_the_longest_sequences(before, arguments, phase, columns):
+    after = planned(*arguments)
+    # One layer's keys are held twice: another 256 x 256 x 4 per token.
+    grown = columns * 256 * 256 * 4
+    assert after[phase] - before[phase] == pytest.approx(columns * COLUMN, abs=abs(grown))
+    assert {p: after[p] for p in PHASES if p != phase} == {p: before[p] for p in PHASES if p != phase}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (("--config", "method/grpo", *EMA), ["privileged", "teacher"]),
+        (("--trainer.limit_val_batches", "0"), ["validation"]),
+        (("--config", "method/hinted_grpo"), ["teacher"]),
+        (("--config", "method/hard_labels", *EMA), ["teacher"]),
+        (("--config", "method/sft_on_cliffs"), ["privileged", "teacher"]),
+        (("--config", "method/self_distillation"), ["privileged"]),
+    ],
+)  # fmt: skip
+def test_phases_that_a_run_does_not_have_are_left_out(before, arguments, missing):
+    found = planned(*arguments)
+    assert [phase for phase in PHASES if phase not in found] == missing
+    assert found == {phase: peak for phase, peak in before.items() if phase not in missing}
+
+
+def test_a_missing_phase_has_no_number(capsys):
+    row = rows(capsys, *HDPO, "--config", "method/grpo")["none", "transformers"]
+    assert (row["privileged"], row["validation"]) == ("-", "62.3")
+
+
+def test_one_sequence_that_exceeds_a_micro_batch_counts_whole():
+    """In the update behind plain prompts, privileged ones and reference solutions; in the teacher's reading."""
+
+    def update(*arguments, tokens="1"):
+        config = read_config([*HDPO, *arguments, "--model.update.micro_batch_tokens", tokens])
+        return memory(SHAPE, config, 1, 80 * GIB)
+
+    for arguments, longest in (
+        ((), 1024 + 3072),
+        (("--distillation.max_new_tokens", "9000"), 1024 + 9000),
+        (("--config", "method/joint", "--distillation.max_new_tokens", "9000"), 2048 + 9000),
+        (("--config", "method/luffy", "--cliffs.max_reference_tokens", "9000"), 1024 + 9000),
+    ):
+        assert update(*arguments)["update"] == update(tokens=str(longest))["update"]
+    assert (
+        update("--rollouts.max_new_tokens", "9000", "--config", "method/self_distillation")["teacher"]
+        == (update(tokens=str(2048 + 9000))["teacher"])
+    )
+
+
+def test_an_engine_that_stays_awake_keeps_its_share():
+    awake = planned(*VLLM, "--model.engine.free_memory_during_update", "false")
+    asleep = planned(*VLLM)
+    assert {p: awake[p] - asleep[p] for p in PHASES} == dict.fromkeys(PHASES[:3], 0) | dict.fromkeys(
+        PHASES[3:], int(0.3 * 80 * GIB)
+    )
+
+
+def test_a_cache_of_a_given_size_stands_beside_vllms_weights():
+    """Weights and a tied output layer in 16 bits, and within a completion's cache (0.11 GiB) what is asked for."""
+    ten, five = (planned(*VLLM, "--model.engine.kv_cache_gib", gib)["rollouts"] for gib in ("10", "5"))
+    share = planned(*VLLM)["rollouts"] - int(0.3 * 80 * GIB)
+    assert ten - five == 5 * GIB
+    assert ten - share == pytest.approx(2 * (SHAPE.num_parameters + SHAPE.head) + 10 * GIB, abs=0.12 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "devices"),
+    [
+        (("--trainer.devices", "4", "--trainer.num_nodes", "2"), "8"),
+        (("--trainer.devices", "[0, 3]"), "2"),
+        (("--trainer.devices", "4", "--devices", "3"), "3"),
+    ],
+)
+def test_the_number_of_gpus(capsys, arguments, devices):
+    assert {row["GPUs"] for row in rows(capsys, *HDPO, *arguments).values()} == {devices}
+
+
+def test_the_largest_phase_is_marked(capsys):
+    row = rows(capsys, *HDPO, "--devices", "8")["DDP", "vLLM"]
+    largest = [phase for phase in PHASES if row[phase].startswith("**")]
+    numbers = {phase: float(row[phase].strip("*")) for phase in PHASES}
+    assert largest == ["rollouts"]
+    assert numbers["rollouts"] == max(numbers.values())
+    # 2 GiB more than what is allocated.
+    policy = read_config([*HDPO, *VLLM])
+    assert numbers == {p: round(b / GIB + 2, 1) for p, b in memory(SHAPE, policy, 8, 80 * GIB).items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "engine", "key", "value"),
+    [
+        ((), "transformers", "model.engine.max_sequences", 128),
+        ((*VLLM, "--model.update.micro_batch_tokens", "65536"), "vLLM", "model.update.micro_batch_tokens", 32768),
+    ],
+)
+def test_the_smallest_change_that_fits_is_recommended(capsys, arguments, engine, key, value):
+    """What is recommended fits, and twice as much would not."""
+    memory_gb = ("--memory_gb", "42")
+    assert rows(capsys, *HDPO, *arguments, *memory_gb)["none", engine]["set"] == f"--{key} {value}"
+    again = rows(capsys, *HDPO, *arguments, f"--{key}", str(value), *memory_gb)["none", engine]
+    assert again["set"] == "as configured"
+    assert float(again["update" if engine == "vLLM" else "rollouts"].strip("*")) <= 42
+    assert rows(capsys, *HDPO, *arguments, f"--{key}", str(2 * value), *memory_gb)["none", engine]["set"] == (
+        f"--{key} {value}"
+    )
+
+
+def test_recomputation_is_recommended_where_small_micro_batches_do_not_help(capsys):
+    off = ("--model.policy.gradient_checkpointing", "false", "--memory_gb", "36")
+    row = rows(capsys, *HDPO, *VLLM, *off)["none", "vLLM"]
+    assert row["set"] == "--model.policy.gradient_checkpointing true"
+
+
+def test_vllm_gets_as_much_as_its_weights_need(capsys):
+    tight = ("--model.engine.gpu_memory_utilization", "0.05", "--memory_gb", "40")
+    row = rows(capsys, *HDPO, *VLLM, *tight)["none", "vLLM"]
+    assert row["set"] == "--model.engine.gpu_memory_utilization 0.1"  # 3.4 GiB
+
+
+@pytest.mark.parametrize("configured", [(), (*FSDP2, *VLLM)], ids=["hdpo", "FSDP2 and vLLM"])
+def test_what_is_recommended_is_accepted_and_fits(capsys, configured):
+    for names, row in rows(capsys, *HDPO, *configured, "--devices", "4", "--memory_gb", "50").items():
+        if row["set"] == "as configured":
+            continue
+        changes = row["set"].split()
+        again = rows(capsys, *HDPO, *configured, *changes, "--devices", "4", "--memory_gb", "50")[names]
+        assert again == row | {"set": "as configured"}
+
+
+def test_what_cannot_fit_says_so_and_returns_1(capsys):
+    found = rows(capsys, *HDPO, "--model.policy.path", "Qwen/Qwen2.5-7B", "--memory_gb", "40", status=1)
+    assert {row["set"] for row in found.values()} == {"does not fit"}
+
+
+def test_a_folder_with_config_json_is_enough(capsys, tmp_path):
+    path = Path(ROOT / "hdpo" / "lab" / "policy" / "config.json")
+    (tmp_path / "config.json").write_text(path.read_text())
+    there, here = (
+        rows(capsys, "--config", "lab", "--model.policy.path", path)["none", "transformers"]
+        for path in (str(tmp_path), "pkg://hdpo.lab/policy")
+    )
+    assert there | {"policy": ""} == here | {"policy": ""}
+
+
+def test_the_table_in_the_documentation_is_the_commands(capsys):
+    assert main(["plan", *HDPO, "--table"]) == 0
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 2 + 2 * (2 + 4)
+    assert f"\n{printed}\n" in (ROOT / "docs" / "what-fits-where.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--devices", "0"], "--devices must be a number of at least 1, got 0"),
+        (["--memory_gb", "-1"], "--memory_gb must be a positive number, got -1"),
+        (["--config", "missing.yaml"], "--config: there is no file 'missing.yaml'"),
+        (["--model.policy.path", "no/such"], "model.policy.path: cannot read the configuration of 'no/such'"),
+        (["--rollouts.num_generations", "0"], "rollouts.num_generations must be a number of at least 1, got 0"),
+        (["--no.such.key", "1"], "no.such.key"),
+        (["--model.policy.dtype", "int8"], "model.policy.dtype"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_in_one_clear_line(capsys, arguments, message):
+    try:
+        status = main(["plan", *HDPO, *arguments])
+    except SystemExit as exit_:
+        status = exit_.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert message in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+    assert printed.out == ""

@@ -1,0 +1,323 @@
+"""The policy's per-token numbers against a plain forward pass, and their invariances."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from hdpo.errors import ConfigError
+from hdpo.experience import Sequences
+from hdpo.files import resolve_path
+from hdpo.policy import Policy, PolicyConfig, load_tokenizer
+from hdpo.policy.packing import TokenBatch
+from tests.helpers.models import SIZES, random_ids, random_model, random_policy
+from tests.helpers.reference import Reference
+from tests.helpers.tolerances import EXACT, norms_in_float32
+
+LAB = PolicyConfig(path="pkg://hdpo.lab/policy")
+
+
+#: Of policies whose norms are float32: two layers of 32 features, log-probabilities of up to about 20.
+NORMS = norms_in_float32(2, 32, 20.0)
+
+
+@pytest.fixture
+def policy():
+    return random_policy()
+
+
+@pytest.fixture
+def sequences():
+    return Sequences(random_ids((5, 1, 9, 12)), random_ids((3, 8, 1, 6), seed=2))
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("gpt2", EXACT), ("qwen2", NORMS), ("llama", NORMS)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logps_equal_a_plain_forward_pass(sequences, kind, tolerance, temperature):
+    policy = random_policy(kind)
+    logps = policy.completion_logps(sequences, token_budget=30, temperature=temperature)
+    for prompt, completion, mine in zip(*sequences, logps, strict=True):
+        dense = Reference.distribution(policy.model, prompt, completion, temperature)
+        expected = dense[torch.arange(len(completion)), torch.tensor(completion)]
+        torch.testing.assert_close(mine, expected, rtol=0, atol=tolerance / temperature)
+        assert not mine.requires_grad
+
+
+@pytest.mark.parametrize("budget", [1, 20, 40])
+@pytest.mark.parametrize("chunk_elements", [1, 61 * 3])
+def test_packing_padding_and_chunks_do_not_matter(sequences, budget, chunk_elements):
+    policy = random_policy("gpt2")
+    whole = torch.cat(policy.completion_logps(sequences, token_budget=10_000))
+    policy.chunk_elements = chunk_elements
+    split = torch.cat(policy.completion_logps(sequences, token_budget=budget))
+    torch.testing.assert_close(split, whole, rtol=0, atol=EXACT)
+
+
+def models():
+    kinds = ["full_attention", "sliding_attention"]
+    sliding = {"use_sliding_window": True, "sliding_window": 5}
+    yield "qwen2", lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES))
+    yield "sliding", lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **sliding, layer_types=kinds))
+    yield "eager", lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, attn_implementation="eager"))
+    yield "gpt2", lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=40))
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize(("name", "build"), list(models()), ids=[name for name, _ in models()])
+def test_layouts_do_not_matter(name, build, layout):
+    torch.manual_seed(0)
+    policy = Policy(build().double())
+    # Groups of rollouts, a prompt that another one begins with, completions of one token.
+    a, b, c = [5, 6, 7, 8, 9, 10, 11], [12, 13], [5, 6, 7]
+    completions = [[20, 21, 22], [23], [24, 25, 26, 27, 28], [29, 30], [31], [32, 33, 34, 35], [20, 21, 22], [36]]
+    sequences = Sequences([a, a, b, b, b, c, c, a], completions)
+
+    def numbers(layout):
+        policy.zero_grad()
+        batch = TokenBatch.from_sequences(sequences, policy.device, layout)
+        logps = policy(batch)
+        (logps * torch.arange(len(logps)).sin()).sum().backward()
+        return logps.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    expected, gradient = numbers("padded")
+    mine, other = numbers(layout)
+    # Qwen2's norms, and its eager softmax, compute in float32 whatever the weights are.
+    tolerance = EXACT if name == "gpt2" else NORMS
+    torch.testing.assert_close(mine, expected, rtol=0, atol=tolerance)
+    assert (other - gradient).norm() < tolerance * gradient.norm()
+
+
+def test_what_layouts_a_policy_takes(policy, monkeypatch):
+    groups = Sequences([list(range(5, 55))] * 16, [[1, 2, 3]] * 16)
+    assert policy.pack(groups, 4096).layout == "shared"
+    policy.model.gradient_checkpointing_enable()
+    assert policy.pack(groups, 4096).layout == "padded", "recomputed layers take no cache"
+    policy.model.gradient_checkpointing_disable()
+    monkeypatch.setattr(policy.model.config, "_attn_implementation_internal", "flash_attention_2")
+    assert policy.pack(groups, 4096).layout == "packed"
+
+
+def test_dropout_is_off(sequences):
+    torch.manual_seed(0)
+    policy = Policy(Qwen2ForCausalLM(Qwen2Config(**SIZES, attention_dropout=0.5))).train()
+    first = torch.cat(policy.completion_logps(sequences, token_budget=100))
+    assert policy.model.config.attention_dropout == 0
+    torch.testing.assert_close(torch.cat(policy.completion_logps(sequences, token_budget=100)), first)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(policy, sequences):
+    def gradients():
+        policy.zero_grad()
+        batch = TokenBatch.from_sequences(sequences, policy.device)
+        policy(batch).sum().backward()
+        return [p.grad.clone() for p in policy.parameters()]
+
+    policy.train()
+    plain = gradients()
+    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for a, b in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_lab_policy_loads_in_float32_and_is_exported(tmp_path):
+    policy, tokenizer = Policy.load(LAB), load_tokenizer(LAB)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    policy.save(tmp_path, tokenizer)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for a, b in zip(policy.model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    assert again.config.use_cache
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(sequences):
+    policy = random_policy(dtype=torch.float32)
+    batch = TokenBatch.from_sequences(sequences, policy.device)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = policy(batch)
+    out.sum().backward()
+    assert out.dtype == torch.float32
+    assert policy.model.lm_head.weight.grad.dtype == torch.float32
+    full = torch.cat(policy.completion_logps(sequences, token_budget=100))
+    assert 0 < (out - full).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("path", ["no/such-model", "pkg://hdpo.lab/nothing", "pkg://no_such_package/x"])
+def test_a_missing_policy_is_one_clear_line(path):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        Policy.load(PolicyConfig(path=path))
+    message = str(caught.value)
+    assert path in message
+    assert "\n" not in message
+
+
+def test_models_with_transformed_logits_are_refused():
+    sizes = {**SIZES, "head_dim": 8, "final_logit_softcapping": 30.0}
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        Policy(AutoModelForCausalLM.from_config(Gemma2Config(**sizes)))
+
+
+# Loading
+
+
+def test_everything_that_names_a_model_reaches_the_library(monkeypatch):
+    asked = {}
+
+    def refuse(kind):
+        def from_pretrained(path, **options):
+            asked[kind] = path, options
+            raise OSError("not here")
+
+        return from_pretrained
+
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", refuse(kind.__name__))
+    config = PolicyConfig(
+        "pkg://hdpo.lab/policy",
+        revision="abc",
+        dtype="bfloat16",
+        attn_implementation="flash_attention_2",
+        trust_remote_code=True,
+    )
+    for load in (Policy.load, load_tokenizer):
+        with pytest.raises(ConfigError, match=r"model.policy.path: cannot load a .* from 'pkg:.*' \(not here\)"):
+            load(config)
+    path = resolve_path("pkg://hdpo.lab/policy")
+    assert asked["AutoTokenizer"] == (path, {"revision": "abc", "trust_remote_code": True})
+    given, options = asked["AutoModelForCausalLM"]
+    assert given == path
+    assert options == {
+        "revision": "abc", "dtype": torch.bfloat16, "attn_implementation": "flash_attention_2",
+        "trust_remote_code": True, "output_loading_info": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_weights_are_held_as_it_says(dtype):
+    policy = Policy.load(PolicyConfig(LAB.path, dtype=dtype, attn_implementation="eager"))
+    assert {p.dtype for p in policy.parameters()} == {getattr(torch, dtype)}
+    assert policy.compute_dtype == getattr(torch, dtype)
+    assert policy.model.config._attn_implementation == "eager"
+    assert not policy.model.is_gradient_checkpointing
+    assert not policy.model.config.use_cache
+    assert Policy.load(PolicyConfig(LAB.path, gradient_checkpointing=True)).model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    ("missing", r"lacks the weights model.layers.0.mlp.down_proj.weight"),
+    ("not finite", r"holds values that are not finite in model.embed_tokens.weight, model.norm.weight"),
+    ("many", r"lacks the weights .*, .*, .* and \d+ more"),
+])  # fmt: skip
+def test_a_damaged_policy_is_refused(tmp_path, damage, message):
+    model = random_model()
+    state = model.state_dict()
+    if damage == "missing":
+        del state["model.layers.0.mlp.down_proj.weight"]
+    elif damage == "many":
+        state = {name: value for name, value in state.items() if "mlp" not in name}
+    else:
+        state["model.norm.weight"][3] = torch.nan
+        state["model.embed_tokens.weight"][0, 0] = torch.inf
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ConfigError, match=f"model.policy.path: .* {message}"):
+        Policy.load(PolicyConfig(str(tmp_path)))
+
+
+def test_a_tokenizer_whose_completions_could_not_end_is_refused(tmp_path):
+    tokenizer = load_tokenizer(LAB)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    random_model().config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has no end-of-sequence token"):
+        load_tokenizer(PolicyConfig(str(tmp_path)))
+
+
+def test_every_token_that_ends_a_completion(policy):
+    policy.model.generation_config.eos_token_id = [5, 3]
+    policy.model.config.eos_token_id = 4
+    assert policy.eos_token_ids == (5, 3)
+    policy.model.generation_config.eos_token_id = 6
+    assert policy.eos_token_ids == (6,)
+    policy.model.generation_config.eos_token_id = None
+    assert policy.eos_token_ids == (4,)
+    policy.model.config.eos_token_id = None
+    with pytest.raises(ConfigError, match="names no eos_token_id"):
+        _ = policy.eos_token_ids
+
+
+def test_dropout_of_any_form_is_off():
+    options = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=8, **options))
+    policy, ids = Policy(model).train(), torch.tensor([[3, 4, 5]])
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    assert torch.equal(policy.model(ids).logits, policy.model(ids).logits)
+    qwen = Policy(random_model(attention_dropout=0.5)).model
+    assert [layer.self_attn.attention_dropout for layer in qwen.model.layers] == [0.0] * 2
+    assert qwen.config.attention_dropout == 0.0
+
+
+# Numbers
+
+
+def test_an_output_layer_with_a_bias(sequences):
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    policy = Policy(PhiForCausalLM(PhiConfig(**sizes)).double())
+    torch.nn.init.normal_(policy.model.lm_head.bias)
+    batch = TokenBatch.from_sequences(sequences, policy.device)
+    logps, (ids, logits) = policy(batch).split(batch.lengths), policy(batch, topk=4)
+    dense = [Reference.distribution(policy.model, p, c, 1.0) for p, c in zip(*sequences, strict=True)]
+    for mine, whole, completion in zip(logps, dense, sequences.completion_ids, strict=True):
+        expected = whole[torch.arange(len(completion)), torch.tensor(completion)]
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=0)
+    top = torch.cat(dense).topk(4)
+    assert torch.equal(ids.long(), top.indices)
+    torch.testing.assert_close(logits.log_softmax(-1), top.values.log_softmax(-1), rtol=1e-12, atol=1e-12)
+    chosen = policy(batch, ids)
+    torch.testing.assert_close(chosen, top.values, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("num_passes", [None, 1, 5])
+def test_missing_passes_are_made_on_a_placeholder(policy, sequences, num_passes):
+    passes = []
+    policy.register_forward_hook(lambda *_: passes.append(1))
+    policy.completion_logps(sequences, token_budget=30, num_passes=num_passes)
+    groups = len(policy.pack(sequences, 30).groups)
+    assert groups == 2
+    assert len(passes) == max(groups, num_passes or 0)
+
+
+def test_layers_that_masks_say_nothing_about_share_no_prompts(policy):
+    groups = Sequences([list(range(5, 55))] * 16, [[1, 2, 3]] * 16)
+    policy.model.config.layer_types = ["full_attention", "linear_attention"]
+    assert policy.pack(groups, 4096).layout == "padded"
+
+
+# Saving
+
+
+def test_what_is_saved_generates_with_a_cache_and_the_policy_goes_on_without(tmp_path, policy):
+    state = {name: value + 1 for name, value in policy.model.state_dict().items()}
+    policy.model.config.use_cache = False
+    policy.save(tmp_path / "a", state_dict=dict(state))
+    assert not policy.model.config.use_cache
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert again.config.use_cache
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    policy.model.save_pretrained = full
+    with pytest.raises(OSError, match="no space left"):
+        policy.save(tmp_path / "b")
+    assert not policy.model.config.use_cache
