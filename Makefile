@@ -19,7 +19,7 @@ $(READY): pyproject.toml .ci/constraints.txt
 	@echo "== creating $(VENV) with the tested versions of .ci/constraints.txt"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hdpo needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip setuptools
+	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c .ci/constraints.txt -e '.[test,lint]'
 	@touch $@
 
@@ -63,7 +63,7 @@ mutants: $(READY) ## Break the code on purpose, one change at a time, and see wh
 .venv-trl/.ready: pyproject.toml .ci/constraints.txt benchmarks/constraints-trl.txt
 	@echo "== creating .venv-trl: what the benchmarks compare with"
 	$(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/pip install --quiet --upgrade pip setuptools
+	.venv-trl/bin/pip install --quiet --upgrade pip
 	.venv-trl/bin/pip install --quiet -c .ci/constraints.txt -c benchmarks/constraints-trl.txt trl -e .
 	@touch $@
 
