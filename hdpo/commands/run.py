@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import logging
-import os
-import re
 import signal
 import sys
 import threading
@@ -39,12 +37,12 @@ from hdpo.callbacks import (
     SampleLogger,
 )
 from hdpo.checkpoints import read_header, saved_checkpoints
+from hdpo.commands.parsing import OneLineParser, find_cause, with_config_files
 from hdpo.commands.run_folder import RunFolder, find_run, is_finished, mark_finished
 from hdpo.data import OpenMathDataModule
 from hdpo.data.batches import check_batch
 from hdpo.errors import ConfigError, StopRequested, TrainingStopped, first_line
 from hdpo.evaluation.runs import flat_config
-from hdpo.files import find_config
 from hdpo.module import HDPOModule
 from hdpo.trainer import check_strategy
 from hdpo.yaml_strings import keep_strings
@@ -81,18 +79,6 @@ _SECTIONS = {
     "best_checkpoint": BestCheckpoint,
 }
 """Callbacks beside the step, in the order in which they act."""
-
-
-class OneLineParser(LightningArgumentParser):
-    """Tells what is wrong in one line, where the library prints hundreds of options first."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with status 2, or raise for a caller that wants to know."""
-        if not self.exit_on_error or os.environ.get("HDPO_TRACEBACK") == "1":
-            super().error(message, ex)
-        mistake = _cause(ex, ConfigError)
-        print(f"hdpo: error: {mistake or _explained(_one_line(message))}", file=sys.stderr)
-        raise SystemExit(2)
 
 
 class SavedConfig(SaveConfigCallback):
@@ -153,9 +139,9 @@ class HDPOCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, ImportError) as error:
             # The library tries every type of a Union, and makes an error of its own of what each of them says.
-            if mistake := _cause(error, ConfigError):
+            if mistake := find_cause(error, ConfigError):
                 raise mistake from error
-            if missing := _cause(error, ModuleNotFoundError):
+            if missing := find_cause(error, ModuleNotFoundError):
                 raise ConfigError(f"{first_line(missing)}: install it, or name another class") from error
             raise
 
@@ -228,32 +214,6 @@ def _seed(value: bool | int) -> int:
     return value
 
 
-def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
-    """The first error of a kind among an error and its causes."""
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _one_line(message: str) -> str:
-    """The library's indented explanation as one line, without the repetitions of the value at its end."""
-    lines = [line.strip() for line in message.splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(("Given value type:", "Given value:")))
-
-
-_TRUNCATED_SAMPLING = re.compile(r"\b(top_p|top_k|min_p)\b")
-
-
-def _explained(message: str) -> str:
-    """Say why there is no such key where a user looks for truncated sampling."""
-    if found := _TRUNCATED_SAMPLING.search(message):
-        return (
-            f"{found[1]} is refused: the loss needs the log-probabilities of the distribution that was sampled, so "
-            f"completions come from the full one ({message})"
-        )
-    return message
-
-
 def _quieten() -> None:
     """Silence what says nothing about this run; errors and real warnings stay."""
     import transformers
@@ -271,30 +231,6 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     transformers.utils.logging.disable_progress_bar()
-
-
-def _with_config_files(args: Sequence[str]) -> list[str]:
-    """The arguments with every ``--config`` as the path of a YAML file: shipped configurations go by their names."""
-    found = list(args)
-    for i, argument in enumerate(found):
-        key, separator, value = argument.partition("=")
-        if key in ("--config", "-c") and separator:
-            found[i] = f"{key}={_config_file(value)}"
-        elif key in ("--config", "-c") and i + 1 < len(found):
-            found[i + 1] = _config_file(found[i + 1])
-    return found
-
-
-def _config_file(name: str) -> str:
-    path = find_config(name)
-    try:
-        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{place}: not YAML ({error.problem})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({first_line(error)})") from error
-    return path
 
 
 def main(args: Sequence[str]) -> int:
@@ -324,7 +260,7 @@ def main(args: Sequence[str]) -> int:
                 save_config_kwargs={"overwrite": True},
                 parser_class=OneLineParser,
                 parser_kwargs={"prog": "python -m hdpo", "description": "HDPO: see python -m hdpo --help"},
-                args=_with_config_files(args),
+                args=with_config_files(args),
             )
     except _NothingToDo as done:
         print(done)

@@ -1,0 +1,80 @@
+"""Reading a command line: what is wrong in one line, and configuration files by name."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from hdpo.errors import ConfigError, first_line
+from hdpo.files import find_config
+
+__all__ = ["OneLineParser", "find_cause", "with_config_files"]
+
+
+class OneLineParser(LightningArgumentParser):
+    """Tells what is wrong in one line, where the library prints hundreds of options first."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with status 2, or raise for a caller that wants to know."""
+        if not self.exit_on_error or os.environ.get("HDPO_TRACEBACK") == "1":
+            super().error(message, ex)
+        mistake = find_cause(ex, ConfigError)
+        print(f"hdpo: error: {mistake or _explained(_one_line(message))}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def find_cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """The first error of a kind among an error and its causes."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _one_line(message: str) -> str:
+    """The library's indented explanation as one line, without the repetitions of the value at its end."""
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("Given value type:", "Given value:")))
+
+
+_TRUNCATED_SAMPLING = re.compile(r"\b(top_p|top_k|min_p)\b")
+
+
+def _explained(message: str) -> str:
+    """Say why there is no such key where a user looks for truncated sampling."""
+    if found := _TRUNCATED_SAMPLING.search(message):
+        return (
+            f"{found[1]} is refused: the loss needs the log-probabilities of the distribution that was sampled, so "
+            f"completions come from the full one ({message})"
+        )
+    return message
+
+
+def with_config_files(args: Sequence[str]) -> list[str]:
+    """The arguments with every ``--config`` as the path of a YAML file: shipped configurations go by their names."""
+    found = list(args)
+    for i, argument in enumerate(found):
+        key, separator, value = argument.partition("=")
+        if key in ("--config", "-c") and separator:
+            found[i] = f"{key}={_config_file(value)}"
+        elif key in ("--config", "-c") and i + 1 < len(found):
+            found[i + 1] = _config_file(found[i + 1])
+    return found
+
+
+def _config_file(name: str) -> str:
+    path = find_config(name)
+    try:
+        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{place}: not YAML ({error.problem})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({first_line(error)})") from error
+    return path
