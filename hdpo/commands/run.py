@@ -108,6 +108,10 @@ class HDPOCLI(LightningCLI):
         self.folder: RunFolder | None = None
         try:
             super().__init__(*args, **kwargs)
+        except (ConfigError, MisconfigurationException):
+            if self.folder is not None:
+                self.folder.withdraw()
+            raise
         finally:
             if self.folder is not None:
                 self.folder.release()
@@ -209,8 +213,10 @@ class HDPOCLI(LightningCLI):
 
 
 def _seed(value: bool | int) -> int:
-    if isinstance(value, bool):
-        raise ConfigError("seed_everything must be an integer: every random number of a run derives from it")
+    if isinstance(value, bool) or not 0 <= value < 1 << 32:
+        raise ConfigError(
+            f"seed_everything must be an integer of 32 bits, got {value}: every random number of a run derives from it"
+        )
     return value
 
 

@@ -124,6 +124,6 @@ WORDS = {
 }
 
 VALUES = {
-    **{f"{k}={v}": ([f"--{k}={v}"], k.replace("init_args.", "")) for k, vs in NUMBERS.items() for v in vs},
+    **{f"{k}={v}": ([f"--{k}={v}"], k.split(".")[-1]) for k, vs in NUMBERS.items() for v in vs},
     **WORDS,
 }
