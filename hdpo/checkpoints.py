@@ -223,6 +223,8 @@ def check_state(module: Any, checkpoint: dict[str, Any]) -> int:
             f"{saved.get(name, 'of nothing')}, and {wanted.get(name, 'none')} is wanted; resume with the config.yaml of "
             "its run, or start a new run from its exported policy"
         )
+    if not all_finite(checkpoint.get("state_dict", {}).values()):
+        raise ConfigError("the checkpoint holds weights that are not finite: resume from the one before")
     for state in checkpoint.get("optimizer_states", []) if module.trainer.state.fn == "fit" else ():
         groups = module.configure_optimizers()["optimizer"].state_dict()["param_groups"]
         for mine, theirs in zip(groups, state["param_groups"], strict=False):

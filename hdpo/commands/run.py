@@ -149,6 +149,13 @@ class HDPOCLI(LightningCLI):
                 raise ConfigError(f"{first_line(missing)}: install it, or name another class") from error
             raise
 
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """As Lightning does; it knows the names of strategies and accelerators here only."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise find_cause(error, ConfigError) or ConfigError(f"trainer: {first_line(error)}") from error
+
     def _parse_ckpt_path(self) -> None:
         """Lightning reads the whole checkpoint here, for hyper-parameters that ours does not hold."""
 

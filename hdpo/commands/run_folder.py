@@ -94,7 +94,7 @@ class RunFolder:
         if _get_rank() not in (None, 0):
             return  # the first process's folder is broadcast to the others
         if self.settings is not None and self.version is None:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self._make(self.root)
             taken = [int(m[1]) for p in self.root.iterdir() if (m := _VERSION.fullmatch(p.name))]
             for number in itertools.count(max(taken, default=-1) + 1):
                 self.version = f"version_{number}"
@@ -104,7 +104,7 @@ class RunFolder:
                 except FileExistsError:
                     continue
             self.settings["version"] = self.version
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make(self.path)
         self._lock = FileLock(self.path / _LOCK)
         try:
             self._lock.acquire(blocking=False)
@@ -125,6 +125,13 @@ class RunFolder:
         curves = self.path / "metrics.csv"
         if again and curves.is_file():  # Lightning's CSVLogger would delete it
             self._curves = curves.rename(self.path / f"metrics.{len(list(self.path.glob('metrics.*.csv')))}.csv")
+
+    def _make(self, path: Path) -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            key = "trainer.default_root_dir" if self.settings is None else "trainer.logger.init_args.save_dir"
+            raise ConfigError(f"{key}: cannot create the folder {path}: {error.strerror}") from error
 
     def withdraw(self) -> None:
         """Leave the folder as it was found, where a mistake of the user's ends a run that has not begun."""

@@ -3,6 +3,8 @@
 The working folder holds the laboratory's policy as ``policy`` and a finished run of it as ``runs/lab/version_0``.
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import json
@@ -164,17 +166,23 @@ POLICIES = {
     "another architecture": (setting("config.json", model_type="no_such_model"), "model.policy.path"),
     "no language model": (setting("config.json", model_type="vit", architectures=["ViTModel"]), "model.policy.path"),
     "softcapped": (setting("config.json", final_logit_softcapping=30.0), "final_logit_softcapping"),
-    "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "model.policy.path"),
+    "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "has no vocabulary"),
     "a tokenizer cut off": (shortened("tokenizer.json", 1000), "model.policy.path"),
-    "no end of sequence": (setting("tokenizer_config.json", eos_token=None), "no end-of-sequence token"),
+    "no end of sequence": (setting("tokenizer_config.json", eos_token=None), "has 376 tokens, but its tokenizer 377"),
     "no chat template": (without("chat_template.jinja"), "has no chat template"),
     "a template that is no Jinja": (written("policy/chat_template.jinja", "{% for", *POLICY), "chat template"),
-    "a template that adds nothing": (written("policy/chat_template.jinja", "x", *POLICY), "adds nothing after"),
+    "a template without the message": (written("policy/chat_template.jinja", "x", *POLICY), "leaves the user's message"),
+    "a template that adds nothing": (
+        written("policy/chat_template.jinja", "{{ messages[0].content }}", *POLICY), "adds nothing after"
+    ),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------- data
 
-ROWS = [{"problem": f"What is {i} + {i}?", "solution": f"It is \\boxed{{{2 * i}}}.", "answer": str(2 * i)} for i in range(60)]
+ROWS = [
+    {"problem": f"What is {i} + {i}?", "solution": f"It is \\boxed{{{2 * i}}}.", "answer": str(2 * i)}
+    for i in range(60)
+]
 COLUMNS = "--data.source.columns={problem: problem, solution: solution, answer: answer, source: null}"
 
 
@@ -184,7 +192,9 @@ def source(name: str, *arguments: str) -> list[str]:
             "--data.selection.test_fraction=0", *arguments]  # fmt: skip
 
 
-def rows(*arguments: str, last: Any = None, content: list[dict[str, Any]] = ROWS, end: str = "") -> Callable[[], list[str]]:
+def rows(
+    *arguments: str, last: Any = None, content: list[dict[str, Any]] = ROWS, end: str = ""
+) -> Callable[[], list[str]]:
     """A file of JSON lines."""
 
     def make() -> list[str]:
@@ -240,10 +250,10 @@ DATA = {
     "a pattern that finds nothing": (rows("--data.source.answer_pattern=XX"), "no final answer: "),
     "prompts that are too long": (rows("--data.selection.max_prompt_tokens=1"), "prompt over data.selection"),
     "an empty validation split": (rows("--data.selection.val_fraction=1e-9"), "no validation problem is left"),
-    "fewer problems than a batch": (rows(*ALL_VALIDATION), "data.prompts_per_step=4 is more than the"),
+    "fewer problems than a batch": (rows("--data.selection.num_train_problems=3"), "data.prompts_per_step=4 is more than the"),
     "no training problem": (rows(*ALL_VALIDATION, content=ROWS[:4]), "no train problem is left"),
     "rows that are no dictionaries": (
-        written("my_rows.py", "def rows():\n    return iter([1, 2])\n", *source("python:my_rows:rows")),
+        written("my_rows.py", "def rows():\n    return iter([1, 2])\n", *source("python:my_rows:rows", "--data.source.kwargs={}")),
         "my_rows:rows must yield dictionaries; its row 1 is a int",
     ),
     "a template that is not there": (lambda: ["--data.prompts.chat_template=none.jinja"], "data.prompts.chat_template"),

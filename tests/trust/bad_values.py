@@ -107,7 +107,7 @@ WORDS = {
     "no devices": (["--trainer.devices=0"], "devices"),
     "no such strategy": (["--trainer.strategy=telepathy"], "telepathy"),
     "station twice": (["--trainer.callbacks=[hdpo.callbacks.CliffDetection]"], "must not hold CliffDetection"),
-    "max_time": (["--trainer.max_time=soon"], "max_time"),
+    "max_time": (["--trainer.max_time=soon"], "is not a valid duration"),
     "resume what": (["--resume=yes"], "resume"),
     "resume and a checkpoint": (["--resume=auto", "--ckpt_path=last"], "--resume is for fit"),
     "last of nothing": (["--ckpt_path=last"], "holds no run of this configuration with last.ckpt"),
@@ -124,6 +124,10 @@ WORDS = {
 }
 
 VALUES = {
-    **{f"{k}={v}": ([f"--{k}={v}"], k.split(".")[-1]) for k, vs in NUMBERS.items() for v in vs},
+    **{
+        f"{k}={v}": ([f"--{k}={v}"], k.split(".")[-1] if "optimizer" not in k else "model.optimizer")
+        for k, vs in NUMBERS.items()
+        for v in vs
+    },
     **WORDS,
 }
