@@ -297,4 +297,4 @@ def _instance(key: str, given: Any, kind: type, default: type) -> Any:
 
 
 def _subclasses(kind: type) -> list[type]:
-    return [c for sub in type.__subclasses__(kind) for c in (sub, *_subclasses(sub))]
+    return [c for sub in cast(list[type], kind.__subclasses__()) for c in (sub, *_subclasses(sub))]
