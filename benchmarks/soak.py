@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from common import environment, report
 from lightning.pytorch import Callback
@@ -28,7 +28,7 @@ MEASURED = {"resident": "resident memory / MiB", "unshared": "unshared memory / 
 class Meter(Callback):
     """Reads this process's account after every step."""
 
-    rows: list[dict[str, float]] = []
+    rows: ClassVar[list[dict[str, float]]] = []
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """Add a row."""
