@@ -143,7 +143,7 @@ def test_preparation(tmp_path):
 def test_finite(tmp_path):
     found = rows(tmp_path, "finite", "--model", "toy")
     assert [row["what"] for row in found] == ["saving", "step"]
-    assert all(0 < row["check_s"] and 0 < row["share"] < 1 for row in found)
+    assert all(row["check_s"] > 0 and 0 < row["share"] < 1 for row in found)
 
 
 def test_soak(tmp_path):
