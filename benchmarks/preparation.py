@@ -130,6 +130,9 @@ def main() -> None:
     """Run the measurements, print a table and write JSON where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000, help="rows of the generated file (default: 100000)")
+    parser.add_argument(
+        "--check", nargs="+", choices=("no", "yes"), default=["no", "yes"], help="whether references are checked"
+    )
     parser.add_argument("--folder", type=Path, help="where file and cache go (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--measure", nargs=3, metavar=("PATH", "CACHE", "CHECK"), help=argparse.SUPPRESS)
@@ -144,13 +147,13 @@ def main() -> None:
         path = Path(folder) / "rows.parquet"
         write_rows(path, args.rows)
         results = []
-        for check in (False, True):
+        for check in [word == "yes" for word in args.check]:
             for what in ("prepared", "cached"):
                 found = child(["--measure", str(path), f"{folder}/{check}", str(check)])
                 speed = {"rows_per_s": args.rows / found["prepare_s"]} if what == "prepared" else {}
                 results.append({"data": what, "references_checked": check, "rows": args.rows} | found | speed)
         sizes = {"parquet_MiB": path.stat().st_size / 2**20}
-        sizes["cache_MiB"] = sum(file.stat().st_size for file in Path(folder, "True").glob("*")) / 2**20
+        sizes["cache_MiB"] = sum(file.stat().st_size for file in Path(folder, str(check)).glob("*")) / 2**20
     report(results, args, environment() | sizes)
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import _get_rank
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from hdpo.distributed import all_max
 from hdpo.errors import ConfigError, TrainingStopped, first_line
 
-__all__ = ["CheckpointHeader", "all_finite", "read_header", "save_checkpoint", "saved_checkpoints"]
+__all__ = ["CheckpointHeader", "all_finite", "check_state", "read_header", "save_checkpoint", "saved_checkpoints"]
 
 _NAME = re.compile(r"(\w+)-(\d+)(?:\.(\d+))?\.ckpt")
 #: What an FSDP2 checkpoint's folder holds beside the ranks' parts: Lightning's file and PyTorch's.
@@ -174,7 +176,7 @@ class CheckpointHeader(NamedTuple):
 
 
 def read_header(key: str, path: str | Path) -> CheckpointHeader:
-    """Read a checkpoint's header, without its weights.
+    """Read a checkpoint's header, and compare the file with its checksums (on the first rank; about a second per GB).
 
     Args:
         key: the option that named it, for messages.
@@ -198,7 +200,51 @@ def read_header(key: str, path: str | Path) -> CheckpointHeader:
     return CheckpointHeader(int(step), shapes)
 
 
+#: Settings of an optimizer that may differ: the schedule's, and how (not what) it computes.
+_FREE = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
+
+
+def check_state(module: Any, checkpoint: dict[str, Any]) -> int:
+    """Return the step of a loaded checkpoint; refuse one of another policy, teacher or optimizer than the module has.
+
+    PyTorch's own refusal is pages long, and an optimizer of another kind or learning rate would be taken in silence.
+
+    Args:
+        module: the LightningModule, with its policy loaded.
+        checkpoint: what Lightning has read. Under FSDP2 it does not hold the weights, which are not compared then.
+
+    Raises:
+        ConfigError: the message names the key, and the first weight or setting that differs.
+    """
+    saved = {name: tuple(value.shape) for name, value in checkpoint.get("state_dict", {}).items()}
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    for name in [n for n in {**wanted, **saved} if saved and wanted.get(n) != saved.get(n)][:1]:
+        key = "model.teacher" if name.startswith("teacher.") else "model.policy.path"
+        raise ConfigError(
+            f"the checkpoint is of another model than {key} names: its {name} has the shape "
+            f"{saved.get(name, 'of nothing')}, and {wanted.get(name, 'none')} is wanted; resume with the config.yaml "
+            "of its run, or start a new run from its exported policy"
+        )
+    if not all_finite(checkpoint.get("state_dict", {}).values()):
+        raise ConfigError("the checkpoint holds weights that are not finite: resume from the one before")
+    for state in checkpoint.get("optimizer_states", []) if module.trainer.state.fn == "fit" else ():
+        groups = module.configure_optimizers()["optimizer"].state_dict()["param_groups"]
+        for mine, theirs in zip(groups, state["param_groups"], strict=False):
+            for name in {*mine, *theirs} - _FREE:
+                one, other = (list(v) if isinstance(v, tuple) else v for v in (mine.get(name), theirs.get(name)))
+                if one != other:
+                    raise ConfigError(
+                        f"model.optimizer: the checkpoint's has {name} {other}, and not {one}: resume with the "
+                        "config.yaml of its run, or start a new run from its exported policy"
+                    )
+    return int(checkpoint.get("global_step", 0))
+
+
 def _file_header(path: Path) -> tuple[int, dict[str, tuple[int, ...]]]:
+    if _get_rank() in (None, 0):  # PyTorch writes checksums, and does not read them
+        with zipfile.ZipFile(path) as parts:
+            if broken := parts.testzip():
+                raise ValueError(f"{broken} is not what was written")
     content = torch.load(path, map_location="meta", weights_only=True)
     shapes = {name: tuple(value.shape) for name, value in content["state_dict"].items()}
     return content["global_step"], shapes

@@ -17,6 +17,7 @@ from hdpo.callbacks.cliffs import CliffDetection
 from hdpo.callbacks.distillation import DistillationRefresh
 from hdpo.callbacks.rollouts import RolloutGeneration
 from hdpo.callbacks.skipped import SkippedSteps
+from hdpo.checkpoints import check_state
 from hdpo.distributed import merged_means, shard_policy
 from hdpo.errors import ConfigError, check_at_least, first_line
 from hdpo.evaluation.curves import log_evaluation
@@ -207,8 +208,8 @@ class HDPOModule(LightningModule):
         self.verifier.close()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember which step the weights are from: outside ``fit`` the trainer does not count steps."""
-        self.loaded_step = int(checkpoint.get("global_step", 0))
+        """Refuse what does not fit; remember the weights' step: outside ``fit`` the trainer does not count steps."""
+        self.loaded_step = check_state(self, checkpoint)
 
     # ------------------------------------------------------------------ the step
 
@@ -296,5 +297,4 @@ def _instance(key: str, given: Any, kind: type, default: type) -> Any:
 
 
 def _subclasses(kind: type) -> list[type]:
-    direct: list[type] = kind.__subclasses__()
-    return [c for sub in direct for c in (sub, *_subclasses(sub))]
+    return [c for sub in cast(list[type], kind.__subclasses__()) for c in (sub, *_subclasses(sub))]

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
+from hdpo.errors import ConfigError, check_at_least
+
 __all__ = ["LinearWarmup", "paper_adamw"]
 
 
@@ -21,8 +23,14 @@ class LinearWarmup(torch.optim.lr_scheduler.LinearLR):
         optimizer: whose learning rate is scaled.
         num_warmup_steps: steps until the full learning rate; 0 starts with it.
         start_factor: share of the learning rate in the first step, in (0, 1].
+
+    Raises:
+        ConfigError: a value outside its range; the message names the key.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, num_warmup_steps: int = 50, start_factor: float = 0.1) -> None:
+        check_at_least(0, model__lr_scheduler__num_warmup_steps=num_warmup_steps)
+        if not 0 < start_factor <= 1:
+            raise ConfigError(f"model.lr_scheduler.start_factor must be in (0, 1], got {start_factor}")
         factor = start_factor if num_warmup_steps > 0 else 1.0
         super().__init__(optimizer, start_factor=factor, end_factor=1.0, total_iters=max(1, num_warmup_steps))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hdpo import checkpoints as module
-from hdpo.checkpoints import read_header, save_checkpoint, saved_checkpoints
+from hdpo.checkpoints import check_state, read_header, save_checkpoint, saved_checkpoints
 from hdpo.errors import ConfigError, TrainingStopped
 
 CALLS = [(os, "replace"), (os, "symlink"), (os, "unlink"), (os, "rename"), (os, "fsync"), (module.shutil, "rmtree")]
@@ -244,3 +244,82 @@ def test_folders_with_missing_or_cut_off_parts(tmp_path):
             (broken / name).write_bytes(data[: len(data) // 2]) if cut else (broken / name).unlink()
             with pytest.raises(ConfigError, match=r"--ckpt_path: .* is not a checkpoint, or it is cut off or broken"):
                 read_header("--ckpt_path", broken)
+
+
+# ---------------------------------------------------------------------- whose it is
+
+
+class Module(torch.nn.Module):
+    """What a checkpoint is compared with."""
+
+    def __init__(self, optimizer, fn="fit", average=False):
+        super().__init__()
+        self.policy, self.optimizer = torch.nn.Linear(2, 1), optimizer
+        self.trainer = SimpleNamespace(state=SimpleNamespace(fn=fn))
+        if average:
+            self.teacher = torch.nn.Linear(2, 1)
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer(self.parameters())
+        torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5)  # it adds a setting: the learning rate at first
+        return {"optimizer": optimizer}
+
+
+def adamw(lr=0.1, **options):
+    return lambda parameters: torch.optim.AdamW(parameters, lr=lr, **options)
+
+
+def content(module, **changes):
+    optimizer = module.configure_optimizers()["optimizer"]
+    optimizer.param_groups[0]["lr"] = 0.07  # as the schedule has left it
+    return {
+        "state_dict": module.state_dict(),
+        "optimizer_states": [optimizer.state_dict()],
+        "global_step": 7,
+        **changes,
+    }
+
+
+def test_a_checkpoint_of_the_same_run_fits(tmp_path):
+    kept = content(Module(adamw(betas=(0.9, 0.9))))
+    torch.save(kept, tmp_path / "x")
+    loaded = torch.load(tmp_path / "x", weights_only=True)
+    assert check_state(Module(adamw(betas=[0.9, 0.9], foreach=True)), loaded) == 7
+    # An evaluation needs no optimizer; under FSDP2 the weights come apart.
+    assert check_state(Module(adamw(lr=1.0), fn="validate"), loaded) == 7
+    assert check_state(Module(adamw(betas=[0.9, 0.9]), average=True), {**kept, "state_dict": {}}) == 7
+
+
+@pytest.mark.parametrize(("mine", "theirs", "message"), [
+    (Module(adamw()), Module(adamw(), average=True), r"than model.teacher names: its teacher.weight has the shape"),
+    (Module(adamw(), average=True), Module(adamw()), r"its teacher.weight has the shape of nothing, and \(1, 2\) is"),
+    (Module(adamw()), Module(adamw(lr=0.2)), "model.optimizer: the checkpoint's has initial_lr 0.2, and not 0.1"),
+    (Module(adamw(weight_decay=0.5)), Module(adamw()), "has weight_decay 0.01, and not 0.5"),
+    (Module(adamw()), Module(torch.optim.Adam), "model.optimizer: the checkpoint's has"),
+    (Module(adamw()), Module(lambda p: torch.optim.SGD(p, lr=0.1)), "model.optimizer: the checkpoint's has"),
+], ids=["average more", "average less", "lr", "decay", "Adam", "SGD"])  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused(mine, theirs, message):
+    with pytest.raises(ConfigError, match=message):
+        check_state(mine, content(theirs))
+
+
+def test_a_checkpoint_of_another_shape_or_with_bad_weights_is_refused():
+    module = Module(adamw())
+    other = content(module, state_dict={**module.state_dict(), "policy.weight": torch.ones(2, 2)})
+    with pytest.raises(ConfigError, match=r"model.policy.path names: its policy.weight has the shape \(2, 2\)"):
+        check_state(module, other)
+    bad = content(module, state_dict={**module.state_dict(), "policy.bias": torch.tensor([float("inf")])})
+    with pytest.raises(ConfigError, match="holds weights that are not finite"):
+        check_state(module, bad)
+
+
+def test_a_flipped_bit_in_a_weight_is_found(tmp_path):
+    """PyTorch reads it without a word."""
+    torch.save({"state_dict": {"policy.w": torch.full((64,), 1.5)}, "global_step": 1}, tmp_path / "x.ckpt")
+    data = bytearray((tmp_path / "x.ckpt").read_bytes())
+    place = data.index(torch.full((64,), 1.5).numpy().tobytes())
+    data[place] ^= 1
+    (tmp_path / "x.ckpt").write_bytes(bytes(data))
+    assert torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]["policy.w"][0] != 1.5
+    with pytest.raises(ConfigError, match=r"cut off or broken \(x/data/0 is not what was written\)"):
+        read_header("--ckpt_path", tmp_path / "x.ckpt")

@@ -84,7 +84,9 @@ class DistillationRefresh(Callback):
             distillation__refresh_every=refresh_every,
             distillation__max_new_tokens=max_new_tokens,
         )
-        check_at_least(0, distillation__max_cliffs_per_step=max_cliffs_per_step)
+        check_at_least(
+            0, distillation__max_cliffs_per_step=max_cliffs_per_step, distillation__success_reward=success_reward
+        )
         check_positive(distillation__temperature=temperature)
         check_choice("distillation.completions", completions, get_args(Whose))
         check_choice("distillation.sampled_by", sampled_by, get_args(Sampler))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from hdpo.checkpoints import all_finite, read_header
+from hdpo.commands.parsing import config_file
 from hdpo.errors import ConfigError
-from hdpo.files import find_config
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
 
 __all__ = ["export_checkpoint", "main"]
@@ -64,7 +64,7 @@ def main(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     settings: dict[str, Any] = {}
     for file in options.config:
-        content = yaml.safe_load(Path(find_config(file)).read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(Path(config_file(file)).read_text(encoding="utf-8")) or {}
         settings.update((content.get("model") or {}).get("policy") or {})
     if "path" not in settings:
         raise ConfigError(f"--config: model.policy.path is in none of {', '.join(options.config)}")

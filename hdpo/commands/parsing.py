@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from hdpo.errors import ConfigError, first_line
 from hdpo.files import find_config
 
-__all__ = ["OneLineParser", "find_cause", "with_config_files"]
+__all__ = ["OneLineParser", "config_file", "find_cause", "with_config_files"]
 
 
 class OneLineParser(LightningArgumentParser):
@@ -62,19 +62,38 @@ def with_config_files(args: Sequence[str]) -> list[str]:
     for i, argument in enumerate(found):
         key, separator, value = argument.partition("=")
         if key in ("--config", "-c") and separator:
-            found[i] = f"{key}={_config_file(value)}"
+            found[i] = f"{key}={config_file(value)}"
         elif key in ("--config", "-c") and i + 1 < len(found):
-            found[i + 1] = _config_file(found[i + 1])
+            found[i + 1] = config_file(found[i + 1])
     return found
 
 
-def _config_file(name: str) -> str:
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML's other readers take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def config_file(name: str) -> str:
+    """Return the path of a configuration file, its own or that of one that ships with the package.
+
+    Raises:
+        ConfigError: there is none, or it is not YAML with sections; the message names file and line.
+    """
     path = find_config(name)
     try:
-        yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{place}: not YAML ({error.problem})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML ({first_line(error)})") from error
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{path}: a configuration has sections such as model and data; this is {content!r:.40}")
     return path

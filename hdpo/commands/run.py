@@ -108,6 +108,10 @@ class HDPOCLI(LightningCLI):
         self.folder: RunFolder | None = None
         try:
             super().__init__(*args, **kwargs)
+        except (ConfigError, MisconfigurationException):
+            if self.folder is not None:
+                self.folder.withdraw()
+            raise
         finally:
             if self.folder is not None:
                 self.folder.release()
@@ -144,6 +148,13 @@ class HDPOCLI(LightningCLI):
             if missing := find_cause(error, ModuleNotFoundError):
                 raise ConfigError(f"{first_line(missing)}: install it, or name another class") from error
             raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """As Lightning does; it knows the names of strategies and accelerators here only."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise find_cause(error, ConfigError) or ConfigError(f"trainer: {first_line(error)}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Lightning reads the whole checkpoint here, for hyper-parameters that ours does not hold."""
@@ -210,8 +221,10 @@ class HDPOCLI(LightningCLI):
 
 
 def _seed(value: bool | int) -> int:
-    if isinstance(value, bool):
-        raise ConfigError("seed_everything must be an integer: every random number of a run derives from it")
+    if isinstance(value, bool) or not 0 <= value < 1 << 32:
+        raise ConfigError(
+            f"seed_everything must be an integer of 32 bits, got {value}: every random number of a run derives from it"
+        )
     return value
 
 

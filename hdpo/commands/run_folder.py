@@ -6,7 +6,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ __all__ = ["RunFolder", "find_run", "is_finished", "mark_finished"]
 
 _FINISHED, _LOCK, _CONFIG = "finished", ".lock", "config.yaml"
 _VERSION = re.compile(r"version_(\d+)")
+#: What is written before a run begins, and what shows that it has begun.
+_OPENING = re.compile(r"config\.yaml|hparams\.yaml|events\.out\.tfevents\..*")
+_BEGUN = ("checkpoints", "evaluations", "tests", "predictions.jsonl", "samples.jsonl", "skipped")
 #: Keys in which a run may differ from the one that it continues.
 _NOT_IDENTITY = ("ckpt_path", "resume", "weights_only", "config")
 _NOT_IDENTITY_TRAINER = ("devices", "num_nodes", "enable_progress_bar", "default_root_dir")
@@ -43,6 +46,8 @@ class RunFolder:
     version: str | None
     settings: Any | None
     _lock: FileLock | None = None
+    _found: dict[str, bytes | None] = field(default_factory=dict)
+    _curves: Path | None = None
 
     @classmethod
     def of(cls, trainer: Any) -> RunFolder:
@@ -76,10 +81,6 @@ class RunFolder:
                 self.root = run.parent
                 self.settings["save_dir"], self.settings["name"] = str(run.parent.parent), run.parent.name
             self.settings["version"] = self.version = run.name
-        curves = run / "metrics.csv"
-        if curves.is_file():  # Lightning's CSVLogger would delete it
-            number = len(list(run.glob("metrics.*.csv")))
-            curves.rename(run / f"metrics.{number}.csv")
 
     def claim(self, *, again: bool) -> None:
         """Take the folder for this process: a new one, or one that nobody else is writing to.
@@ -93,7 +94,7 @@ class RunFolder:
         if _get_rank() not in (None, 0):
             return  # the first process's folder is broadcast to the others
         if self.settings is not None and self.version is None:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self._make(self.root)
             taken = [int(m[1]) for p in self.root.iterdir() if (m := _VERSION.fullmatch(p.name))]
             for number in itertools.count(max(taken, default=-1) + 1):
                 self.version = f"version_{number}"
@@ -103,7 +104,7 @@ class RunFolder:
                 except FileExistsError:
                     continue
             self.settings["version"] = self.version
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make(self.path)
         self._lock = FileLock(self.path / _LOCK)
         try:
             self._lock.acquire(blocking=False)
@@ -118,7 +119,33 @@ class RunFolder:
                 f"{self.path} holds a run already: continue it with --resume auto, give another "
                 "trainer.logger.init_args.version (null for the next free one), or remove the folder"
             )
+        kept = (_CONFIG, _FINISHED)
+        self._found = {p.name: p.read_bytes() if p.name in kept else None for p in self.path.iterdir()}
         (self.path / _FINISHED).unlink(missing_ok=True)
+        curves = self.path / "metrics.csv"
+        if again and curves.is_file():  # Lightning's CSVLogger would delete it
+            self._curves = curves.rename(self.path / f"metrics.{len(list(self.path.glob('metrics.*.csv')))}.csv")
+
+    def _make(self, path: Path) -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            key = "trainer.default_root_dir" if self.settings is None else "trainer.logger.init_args.save_dir"
+            raise ConfigError(f"{key}: cannot create the folder {path}: {error.strerror}") from error
+
+    def withdraw(self) -> None:
+        """Leave the folder as it was found, where a mistake of the user's ends a run that has not begun."""
+        new = [p for p in self.path.iterdir() if p.name not in self._found] if self._lock else []
+        if self._lock is None or any(p.name in _BEGUN for p in new):
+            return
+        for path in new:
+            if _OPENING.fullmatch(path.name):
+                path.unlink()
+        for name, content in self._found.items():
+            if content is not None:
+                (self.path / name).write_bytes(content)
+        if self._curves is not None:
+            self._curves.rename(self.path / "metrics.csv")
 
     def release(self) -> None:
         """Let others have it; a folder in which nothing was written is removed."""

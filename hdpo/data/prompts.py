@@ -180,6 +180,8 @@ class PromptRenderer:
     def _generation_prompt(self) -> list[int]:
         # Two messages that share neither their first nor their last character: what they end in, the template added.
         first, second = self._apply(["7 x", "1 - y."])
+        if first == second:
+            raise ConfigError(f"the chat template of {self.tokenizer.name_or_path!r} leaves the user's message out")
         shared = 0
         while shared < min(len(first), len(second)) and first[-1 - shared] == second[-1 - shared]:
             shared += 1

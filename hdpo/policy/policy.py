@@ -67,6 +67,8 @@ def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
         raise _load_error("tokenizer", config.path, error) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {config.path!r} has no end-of-sequence token: completions could not end")
+    if not tokenizer.encode("1 + 1", add_special_tokens=False):  # what transformers makes of a folder without one
+        raise ConfigError(f"model.policy.path: the tokenizer of {config.path!r} has no vocabulary: give its files, too")
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 

@@ -32,7 +32,21 @@ def rows(tmp_path, name, *arguments):
     return result["rows"]
 
 
-@pytest.mark.parametrize("name", ["update", "memory", "preparation", "rollouts", "step", "gpu_step", "error_rates"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "update",
+        "memory",
+        "preparation",
+        "rollouts",
+        "step",
+        "gpu_step",
+        "error_rates",
+        "finite",
+        "soak",
+        "verdicts",
+    ],
+)
 def test_help_says_how_it_is_called(name):
     done = run(name, "--help")
     assert done.returncode == 0
@@ -124,3 +138,20 @@ def test_preparation(tmp_path):
     assert found[0]["problems"] == found[1]["problems"] > found[2]["problems"] == found[3]["problems"] > 500
     assert found[0]["rows_per_s"] > found[2]["rows_per_s"] > 0
     assert all(row["peak_MiB"] >= row["unshared_MiB"] > 100 for row in found)
+
+
+def test_finite(tmp_path):
+    found = rows(tmp_path, "finite", "--model", "toy")
+    assert [row["what"] for row in found] == ["saving", "step"]
+    assert all(row["check_s"] > 0 and 0 < row["share"] < 1 for row in found)
+
+
+def test_soak(tmp_path):
+    target, figure = tmp_path / "result.json", tmp_path / "soak.png"
+    done = run("soak", "--steps", 20, "--json", target, "--figure", figure)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {row["what"]: row for row in json.loads(target.read_text())["rows"]}
+    assert len(found) == 5
+    assert found["threads"]["largest"] >= found["threads"]["last"] >= 1
+    assert 0 < found["unshared memory / MiB"]["last"] < found["resident memory / MiB"]["largest"]
+    assert figure.read_bytes().startswith(b"\x89PNG")

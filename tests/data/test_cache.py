@@ -69,7 +69,7 @@ def test_a_set_is_the_same_alone_and_beside_another(tmp_path, tokenizer):
     assert comparable(apart.load(wanted)) == comparable(together)
 
 
-def test_every_dropped_row_is_listed_beside_the_problems(tmp_path, tokenizer):
+def test_every_dropped_row_is_listed_beside_the_problems(tmp_path, tokenizer, capsys):
     rows = [
         {"problem": "What is 1 + 1?", "generated_solution": "Two.", "expected_answer": "2", "problem_source": "s"},
         {"problem": "What is  1 + 1?", "generated_solution": "2.", "expected_answer": "2", "problem_source": "s"},
@@ -82,6 +82,7 @@ def test_every_dropped_row_is_listed_beside_the_problems(tmp_path, tokenizer):
     (wanted,) = splits(SourceConfig(path=str(path)))[1:]
     data = store.load([wanted])["train"]
     key = store.keys([wanted])["train"]
+    assert f"dropped for train: {tmp_path}/cache/{key}.dropped.jsonl" in capsys.readouterr().err.splitlines()
     lines = (tmp_path / "cache" / f"{key}.dropped.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"row": 2, "reason": "duplicate", "text": "What is  1 + 1?"},

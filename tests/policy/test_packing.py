@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hdpo.experience import Sequences, merge_equal
 from hdpo.policy.packing import Packing, TokenBatch, pack
@@ -95,3 +97,26 @@ def test_completions_of_one_token_need_no_second_pass():
 def test_equal_items_are_merged_in_order():
     assert merge_equal([3, 1, 3, 3, 2, 1]) == ([0, 1, 4], [3, 2, 1])
     assert merge_equal([]) == ([], [])
+
+
+sequences = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sequences, st.sampled_from(["padded", "packed", "shared"]), st.integers(1, 60))
+def test_any_sequences_are_each_predicted_once_from_the_token_before(drawn, layout, budget):
+    """Four prompts that several sequences share; every token is another number, so that none can be taken for it."""
+    numbers = iter(range(10_000))
+    prompts = [[next(numbers) for _ in range(length)] for length in (1, 2, 5, 8)]
+    whole = Sequences([prompts[which] for which, _ in drawn], [[next(numbers) for _ in range(n)] for _, n in drawn])
+    packing = pack(whole, budget, (layout,))
+    assert sorted(i for group in packing.groups for i in group) == list(range(len(drawn)))
+    for group in packing.groups:
+        chosen = whole.select(group)
+        batch = TokenBatch.from_sequences(chosen, CPU, layout)
+        read = [batch.prefixes.ids.flatten()] if batch.prefixes else []
+        read = torch.cat([*read, batch.input_ids.flatten()])
+        before = [(p + c)[len(p) - 1 : -1] for p, c in zip(*chosen, strict=True)]
+        assert read[batch.positions].tolist() == [token for part in before for token in part]
+        assert batch.targets.tolist() == [token for completion in chosen.completion_ids for token in completion]
+        assert list(batch.lengths) == list(map(len, chosen.completion_ids))

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -259,3 +260,15 @@ def test_a_missing_math_verify_is_one_clear_error(tmp_path, monkeypatch):
     line = "the answer checker's worker process does not start: ModuleNotFoundError: No module named 'math_verify'"
     assert done.stdout.splitlines() == [line] * 3 + ["0"], done.stderr
     assert done.stderr == ""
+
+
+def test_the_page_on_verdicts_says_what_the_table_says():
+    page = (Path(__file__).parents[2] / "docs/verifier.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.startswith("| ")]
+    found = {row[0].removeprefix("| "): row[2] for row in cells if len(row) == 4 and " / " in row[2]}
+    differing = Counter(name for name, *_ in DISAGREEMENTS)
+    expected = {name: f"{len(rows) - differing[name]} / {len(rows)}" for name, rows in VERDICTS.items()}
+    total = sum(map(len, VERDICTS.values()))
+    assert found == expected | {"all": f"{total - len(DISAGREEMENTS)} / {total}"}
+    for name, reference, answer in DISAGREEMENTS:
+        assert f"| {name} | `` {reference} `` | `` {answer} `` |" in page

@@ -202,3 +202,32 @@ def test_the_configuration_of_a_continued_run_is_that_of_the_command(workplace):
     config = yaml.safe_load((run_folder(workplace) / "config.yaml").read_text())
     assert config["trainer"]["max_steps"] == 2
     assert Path(config["trainer"]["logger"]["init_args"]["save_dir"]).name == "runs"
+
+
+def test_a_refused_command_leaves_a_finished_run_as_it_was(tmp_path):
+    run = tmp_path / "version_0"
+    run.mkdir()
+    for name, text in {"config.yaml": "a: 1", "finished": "", "metrics.csv": "step,loss", "metrics.0.csv": "x"}.items():
+        (run / name).write_text(text)
+    before = {p.name: p.read_text() for p in run.iterdir()}
+    folder = RunFolder(tmp_path, "version_0", {})
+    folder.claim(again=True)
+    assert not (run / "finished").exists()
+    assert (run / "metrics.1.csv").read_text() == "step,loss", "Lightning would delete it"
+    (run / "config.yaml").write_text("a: 2")
+    (run / "hparams.yaml").touch()
+    (run / "events.out.tfevents.1.host.2.0").touch()
+    folder.withdraw()
+    folder.release()
+    (run / ".lock").unlink(missing_ok=True)
+    assert {p.name: p.read_text() for p in run.iterdir()} == before
+
+
+def test_a_run_that_has_begun_is_not_withdrawn(tmp_path):
+    folder = RunFolder(tmp_path, None, {})
+    folder.claim(again=False)
+    (folder.path / "config.yaml").touch()
+    (folder.path / "evaluations").mkdir()
+    folder.withdraw()
+    folder.release()
+    assert {p.name for p in folder.path.iterdir()} >= {"config.yaml", "evaluations"}
