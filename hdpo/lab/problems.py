@@ -5,6 +5,11 @@ A story of tier k applies k operations (plus, minus, double, triple) to a number
     Ben has 6 shells, triples them, loses 4. How many shells now?
     6*3=18. 18-4=14. So \boxed{14}
 
+In the foreign notation the reference solution is another hand's, with each result first, and the policy's own way of
+writing it stands beside it, in the column ``own_solution``::
+
+    18=6*3. 14=18-4. So \boxed{14}
+
 Everything derives from the seed: row i of a split is the same on every machine and for every number of rows asked for.
 """
 
@@ -15,7 +20,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
-__all__ = ["NUM_TIERS", "Split", "rows", "split_of"]
+__all__ = ["NUM_TIERS", "Notation", "Split", "rows", "split_of"]
 
 NUM_TIERS = 6
 MAX_VALUE = 99
@@ -30,6 +35,7 @@ VERBS = {"+": ("buys", "finds", "gets"), "-": ("gives", "loses", "sells")}
 FACTORS = {2: "doubles them", 3: "triples them"}
 
 Split = Literal["warmup", "train", "validation"]
+Notation = Literal["own", "foreign"]
 
 # Shares of the hash's range, in hundredths: the first bound is the warm-up's, the second also holds training's.
 _WARMUP_BELOW, _TRAIN_BELOW = 45, 90
@@ -71,32 +77,35 @@ def _apply(value: int, operator: str, operand: int) -> int:
     return {"+": value + operand, "-": value - operand, "*": value * operand}[operator]
 
 
-def _story(rng: random.Random, tier: int) -> dict[str, str]:
+def _story(rng: random.Random, tier: int, notation: Notation) -> dict[str, str]:
     """Draw one row of a tier."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     value = rng.randint(2, MAX_START)
-    clauses, steps = [f"{name} has {value} {thing}"], []
+    clauses, steps, foreign = [f"{name} has {value} {thing}"], [], []
     for _ in range(tier):
         operator, operand = _operation(rng, value, factors=tier > 1)
         result = _apply(value, operator, operand)
         clauses.append(FACTORS[operand] if operator == "*" else f"{rng.choice(VERBS[operator])} {operand}")
         steps.append(f"{value}{operator}{operand}={result}.")
+        foreign.append(f"{result}={value}{operator}{operand}.")
         value = result
-    return {
+    own, other = (f"{' '.join(lines)} So \\boxed{{{value}}}" for lines in (steps, foreign))
+    row = {
         "problem": f"{', '.join(clauses)}. How many {thing} now?",
-        "generated_solution": f"{' '.join(steps)} So \\boxed{{{value}}}",
+        "generated_solution": own,
         "expected_answer": str(value),
         "problem_source": f"tier{tier}",
     }
+    return row if notation == "own" else row | {"generated_solution": other, "own_solution": own}
 
 
-def _tier_rows(tier: int, split: Split, seed: int) -> Iterator[dict[str, str]]:
+def _tier_rows(tier: int, split: Split, seed: int, notation: Notation) -> Iterator[dict[str, str]]:
     """Yield the distinct problems of one tier and split; the sequence does not depend on what other tiers yield."""
     rng = random.Random(f"{seed}/{split}/{tier}")
     seen: set[int] = set()
     while True:
         for _ in range(_MAX_DRAWS):
-            row = _story(rng, tier)
+            row = _story(rng, tier, notation)
             key = _key(row["problem"])
             if key not in seen and split_of(row["problem"]) == split:
                 break
@@ -148,6 +157,7 @@ def rows(
     split: Split = "train",
     seed: int = 0,
     tiers: Sequence[int] | Mapping[int, float] = (1, 2, 3, 4, 5, 6),
+    notation: Notation = "own",
 ) -> Iterator[dict[str, str]]:
     r"""Yield distinct problems with OpenMathInstruct-2's columns, in an order that only the arguments decide.
 
@@ -157,14 +167,16 @@ def rows(
             in two splits, whatever the seeds.
         seed: another seed draws other problems.
         tiers: tiers that take turns, or tier -> weight. A prefix of any length holds each tier in proportion.
+        notation: of ``generated_solution``: as the embedded policies write (``"own"``), or ``"foreign"``. The problems
+            are the same.
 
     Yields:
         ``problem``, ``generated_solution`` (ends in ``\boxed{answer}``), ``expected_answer`` (an integer) and
-        ``problem_source`` (``"tier1"`` to ``"tier6"``).
+        ``problem_source`` (``"tier1"`` to ``"tier6"``); in the foreign notation ``own_solution``, too.
 
     Raises:
-        ValueError: an unknown split or tier, a bad weight or number, or a tier that has no distinct problem left (the
-            training split of tier 1 holds about 300,000).
+        ValueError: an unknown split, notation or tier, a bad weight or number, or a tier that has no distinct problem
+            left (the training split of tier 1 holds about 300,000).
 
     Example:
         >>> row = next(rows(split="validation", tiers=[2]))
@@ -175,16 +187,18 @@ def rows(
     """
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
+    if notation not in get_args(Notation):
+        raise ValueError(f"notation must be one of {', '.join(get_args(Notation))}; got {notation!r}")
     if num_problems is not None and num_problems < 0:
         raise ValueError(f"num_problems must not be negative, got {num_problems}")
     weights = _tier_weights(tiers)
-    return _mixed_rows(num_problems, split, seed, weights)
+    streams = {tier: _tier_rows(tier, split, seed, notation) for tier in weights}
+    return _mixed_rows(num_problems, weights, streams)
 
 
 def _mixed_rows(
-    num_problems: int | None, split: Split, seed: int, weights: Mapping[int, float]
+    num_problems: int | None, weights: Mapping[int, float], streams: Mapping[int, Iterator[dict[str, str]]]
 ) -> Iterator[dict[str, str]]:
-    streams = {tier: _tier_rows(tier, split, seed) for tier in weights}
     for count, tier in enumerate(_interleave(weights)):
         if count == num_problems:
             return
