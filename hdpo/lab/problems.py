@@ -5,8 +5,8 @@ A story of tier k applies k operations (plus, minus, double, triple) to a number
     Ben has 6 shells, triples them, loses 4. How many shells now?
     6*3=18. 18-4=14. So \boxed{14}
 
-In the foreign notation the reference solution is another hand's, with each result first, and the policy's own way of
-writing it stands beside it, in the column ``own_solution``::
+:func:`foreign_rows` has the same stories with another hand's references, which name each result first; the policy's own
+way of writing stands beside it::
 
     18=6*3. 14=18-4. So \boxed{14}
 
@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-__all__ = ["NUM_TIERS", "Notation", "Split", "rows", "split_of"]
+__all__ = ["NUM_TIERS", "Split", "foreign_rows", "rows", "split_of"]
 
 NUM_TIERS = 6
 MAX_VALUE = 99
@@ -35,10 +36,11 @@ VERBS = {"+": ("buys", "finds", "gets"), "-": ("gives", "loses", "sells")}
 FACTORS = {2: "doubles them", 3: "triples them"}
 
 Split = Literal["warmup", "train", "validation"]
-Notation = Literal["own", "foreign"]
 
 # Shares of the hash's range, in hundredths: the first bound is the warm-up's, the second also holds training's.
 _WARMUP_BELOW, _TRAIN_BELOW = 45, 90
+
+_EQUATION = re.compile(r"(\S+)=(\d+)\.")
 
 # A draw is new and in the right split with a probability of a few per cent at the very least while problems are left.
 _MAX_DRAWS = 20_000
@@ -77,35 +79,32 @@ def _apply(value: int, operator: str, operand: int) -> int:
     return {"+": value + operand, "-": value - operand, "*": value * operand}[operator]
 
 
-def _story(rng: random.Random, tier: int, notation: Notation) -> dict[str, str]:
+def _story(rng: random.Random, tier: int) -> dict[str, str]:
     """Draw one row of a tier."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     value = rng.randint(2, MAX_START)
-    clauses, steps, foreign = [f"{name} has {value} {thing}"], [], []
+    clauses, steps = [f"{name} has {value} {thing}"], []
     for _ in range(tier):
         operator, operand = _operation(rng, value, factors=tier > 1)
         result = _apply(value, operator, operand)
         clauses.append(FACTORS[operand] if operator == "*" else f"{rng.choice(VERBS[operator])} {operand}")
         steps.append(f"{value}{operator}{operand}={result}.")
-        foreign.append(f"{result}={value}{operator}{operand}.")
         value = result
-    own, other = (f"{' '.join(lines)} So \\boxed{{{value}}}" for lines in (steps, foreign))
-    row = {
+    return {
         "problem": f"{', '.join(clauses)}. How many {thing} now?",
-        "generated_solution": own,
+        "generated_solution": f"{' '.join(steps)} So \\boxed{{{value}}}",
         "expected_answer": str(value),
         "problem_source": f"tier{tier}",
     }
-    return row if notation == "own" else row | {"generated_solution": other, "own_solution": own}
 
 
-def _tier_rows(tier: int, split: Split, seed: int, notation: Notation) -> Iterator[dict[str, str]]:
+def _tier_rows(tier: int, split: Split, seed: int) -> Iterator[dict[str, str]]:
     """Yield the distinct problems of one tier and split; the sequence does not depend on what other tiers yield."""
     rng = random.Random(f"{seed}/{split}/{tier}")
     seen: set[int] = set()
     while True:
         for _ in range(_MAX_DRAWS):
-            row = _story(rng, tier, notation)
+            row = _story(rng, tier)
             key = _key(row["problem"])
             if key not in seen and split_of(row["problem"]) == split:
                 break
@@ -157,7 +156,6 @@ def rows(
     split: Split = "train",
     seed: int = 0,
     tiers: Sequence[int] | Mapping[int, float] = (1, 2, 3, 4, 5, 6),
-    notation: Notation = "own",
 ) -> Iterator[dict[str, str]]:
     r"""Yield distinct problems with OpenMathInstruct-2's columns, in an order that only the arguments decide.
 
@@ -167,16 +165,14 @@ def rows(
             in two splits, whatever the seeds.
         seed: another seed draws other problems.
         tiers: tiers that take turns, or tier -> weight. A prefix of any length holds each tier in proportion.
-        notation: of ``generated_solution``: as the embedded policies write (``"own"``), or ``"foreign"``. The problems
-            are the same.
 
     Yields:
         ``problem``, ``generated_solution`` (ends in ``\boxed{answer}``), ``expected_answer`` (an integer) and
-        ``problem_source`` (``"tier1"`` to ``"tier6"``); in the foreign notation ``own_solution``, too.
+        ``problem_source`` (``"tier1"`` to ``"tier6"``).
 
     Raises:
-        ValueError: an unknown split, notation or tier, a bad weight or number, or a tier that has no distinct problem
-            left (the training split of tier 1 holds about 300,000).
+        ValueError: an unknown split or tier, a bad weight or number, or a tier that has no distinct problem left (the
+            training split of tier 1 holds about 300,000).
 
     Example:
         >>> row = next(rows(split="validation", tiers=[2]))
@@ -187,19 +183,41 @@ def rows(
     """
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
-    if notation not in get_args(Notation):
-        raise ValueError(f"notation must be one of {', '.join(get_args(Notation))}; got {notation!r}")
     if num_problems is not None and num_problems < 0:
         raise ValueError(f"num_problems must not be negative, got {num_problems}")
     weights = _tier_weights(tiers)
-    streams = {tier: _tier_rows(tier, split, seed, notation) for tier in weights}
-    return _mixed_rows(num_problems, weights, streams)
+    return _mixed_rows(num_problems, split, seed, weights)
 
 
 def _mixed_rows(
-    num_problems: int | None, weights: Mapping[int, float], streams: Mapping[int, Iterator[dict[str, str]]]
+    num_problems: int | None, split: Split, seed: int, weights: Mapping[int, float]
 ) -> Iterator[dict[str, str]]:
+    streams = {tier: _tier_rows(tier, split, seed) for tier in weights}
     for count, tier in enumerate(_interleave(weights)):
         if count == num_problems:
             return
         yield next(streams[tier])
+
+
+def foreign_rows(num_problems: int | None = None, **options: Any) -> Iterator[dict[str, str]]:
+    r"""Yield the rows of :func:`rows` with their references in a foreign hand.
+
+    Args:
+        num_problems: as for :func:`rows`.
+        options: ``split``, ``seed`` and ``tiers`` of :func:`rows`.
+
+    Yields:
+        the columns of :func:`rows`; ``generated_solution`` names each result before its operation, and ``own_solution``
+        is the solution as the policy writes it.
+
+    Example:
+        >>> row = next(foreign_rows(tiers=[2]))
+        >>> row["generated_solution"], row["own_solution"]
+        ('32=26+6. 35=32+3. So \\boxed{35}', '26+6=32. 32+3=35. So \\boxed{35}')
+    """
+    return map(_foreign, rows(num_problems, **options))
+
+
+def _foreign(row: dict[str, str]) -> dict[str, str]:
+    own = row["generated_solution"]
+    return row | {"generated_solution": _EQUATION.sub(r"\2=\1.", own), "own_solution": own}

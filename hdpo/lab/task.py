@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from hdpo.data.prompts import PromptConfig
-from hdpo.lab.problems import rows
+from hdpo.lab.problems import foreign_rows, rows
 
 __all__ = ["FOREIGN", "LAB_PROMPTS", "STORIES", "TASKS", "Recipe", "Sizes", "Task"]
 
@@ -100,7 +99,7 @@ STORIES = Task("stories", Path(__file__).parent / "policy")
 FOREIGN = Task(
     "foreign",
     Path(__file__).parent / "policy_foreign",
-    rows=partial(rows, notation="foreign"),
+    rows=foreign_rows,
     completion="own_solution",
     # Reading other completions of five and six steps teaches a little of the tier above the plain ones. So these end at
     # three steps: tier 4 is half open, 5 and 6 are cliffs.
