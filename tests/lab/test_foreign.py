@@ -1,4 +1,4 @@
-"""The laboratory of the foreign hand: its references, what its warm-up shows, and that its policy is what is said of it."""
+"""The laboratory of the foreign hand: its references, what its warm-up shows, and what its policy can do."""
 
 import json
 import re
