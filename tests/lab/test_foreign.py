@@ -147,7 +147,7 @@ def test_the_configuration_is_the_laboratorys_but_for_policy_rows_tiers_and_name
     assert {key: value for key, value in mine.items() if value != other[key]} == {
         "model.policy.path": "pkg://hdpo.lab/policy_foreign",
         "data.source.path": "python:hdpo.lab.problems:foreign_rows",
-        "data.source.kwargs.tiers": [1, 2, 3, 5, 6],
+        "data.source.kwargs.tiers": list(TIERS),
         "data.val_source.path": "python:hdpo.lab.problems:foreign_rows",
         "data.test_source.path": "python:hdpo.lab.problems:foreign_rows",
         "trainer.logger.init_args.name": "lab_foreign",
@@ -179,25 +179,32 @@ def test_two_steps_distil_translations(tmp_path, monkeypatch):
         assert 0 < curves["loss/distillation"][step] < 1
 
 
-def built(overlay):
+def built(config, overlay):
     """The first training batch's prompts, as the data module makes them under an overlay."""
-    files = ["--config", "lab_foreign", "--config", f"lab/{overlay}"]
+    files = ["--config", config, "--config", f"lab/{overlay}"]
     stop = "--trainer.callbacks=[{class_path: tests.helpers.record.StopAtStart}]"
     with pytest.raises(StopAtStart.Stopped):
         main(["fit", *files, *SMALL, stop])
     return next(iter(StopAtStart.last.trainer.datamodule.train_dataloader())).prompts
 
 
-@pytest.mark.parametrize("overlay", ["with_tier5", "answer_only", "without_references"])
-def test_overlays_reach_the_prompts(overlay, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "overlay"),
+    [
+        ("lab", "with_tier5"),
+        ("lab", "answer_only"),
+        ("lab_foreign", "answer_only"),
+        ("lab_foreign", "without_references"),
+    ],
+)
+def test_overlays_reach_the_prompts(config, overlay, tmp_path, monkeypatch, lab):
     monkeypatch.chdir(tmp_path)
-    prompts = built(overlay)
-    shown = [load(FOREIGN.policy)[1].decode(ids) for ids in prompts.privileged_ids]
+    prompts = built(config, overlay)
+    tokenizer = lab[1] if config == "lab_foreign" else load(STORIES.policy)[1]
+    shown = [tokenizer.decode(ids).removeprefix("<|user|>Solution: ").split("\n")[0] for ids in prompts.privileged_ids]
     if overlay == "with_tier5":
         assert set(prompts.source) == {f"tier{t}" for t in TIERS}
-        assert all(re.search(r"Solution: \d+=\d", text) for text in shown)
+        assert shown == prompts.solution
     else:
-        assert set(prompts.source) <= {f"tier{t}" for t in (1, 2, 3, 5, 6)}
-        for text, answer in zip(shown, prompts.reference, strict=True):
-            assert text.startswith(f"<|user|>Solution: The final answer is \\boxed{{{answer}}}.\n")
-        assert all(prompts.solution) == (overlay == "answer_only")
+        assert shown == [f"The final answer is \\boxed{{{answer}}}." for answer in prompts.reference]
+        assert all(prompts.solution) == (overlay == "answer_only") != (not any(prompts.solution))
