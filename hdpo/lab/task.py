@@ -101,7 +101,7 @@ FOREIGN = Task(
     Path(__file__).parent / "policy_foreign",
     rows=foreign_rows,
     completion="own_solution",
-    # Writing five and six steps with a solution in the prompt teaches a little of the tier above the plain ones, too. So
+    # Writing five and six steps with a solution in the prompt teaches a little of the tier above the plain ones. So
     # these end at three steps: tier 4 is solved now and then, 5 and 6 are cliffs.
     recipe=Recipe(plain_tiers={1: 0.4, 2: 0.35, 3: 0.25}, answer_only_tiers={1: 1.0, 2: 1.0, 3: 1.0}),
 )
