@@ -18,10 +18,10 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-__all__ = ["NUM_TIERS", "Split", "foreign_rows", "rows", "split_of"]
+__all__ = ["NUM_TIERS", "Split", "Story", "draw_rows", "foreign_rows", "rows", "split_of"]
 
 NUM_TIERS = 6
 MAX_VALUE = 99
@@ -36,6 +36,8 @@ VERBS = {"+": ("buys", "finds", "gets"), "-": ("gives", "loses", "sells")}
 FACTORS = {2: "doubles them", 3: "triples them"}
 
 Split = Literal["warmup", "train", "validation"]
+Story = Callable[[random.Random, int, Split], dict[str, str]]
+"""Draws one row of a tier; it is drawn again until its problem is new and in the split."""
 
 # Shares of the hash's range, in hundredths: the first bound is the warm-up's, the second also holds training's.
 _WARMUP_BELOW, _TRAIN_BELOW = 45, 90
@@ -71,22 +73,23 @@ def _operation(rng: random.Random, value: int, *, factors: bool) -> tuple[str, i
     while True:
         operator = rng.choice("+-*" if factors else "+-")
         operand = rng.choice(tuple(FACTORS)) if operator == "*" else rng.randint(2, MAX_TERM)
-        if 1 <= _apply(value, operator, operand) <= MAX_VALUE:
+        if 1 <= apply_operation(value, operator, operand) <= MAX_VALUE:
             return operator, operand
 
 
-def _apply(value: int, operator: str, operand: int) -> int:
+def apply_operation(value: int, operator: str, operand: int) -> int:
+    """Return what ``+``, ``-`` or ``*`` makes of a value."""
     return {"+": value + operand, "-": value - operand, "*": value * operand}[operator]
 
 
-def _story(rng: random.Random, tier: int) -> dict[str, str]:
-    """Draw one row of a tier."""
+def _story(rng: random.Random, tier: int, split: Split) -> dict[str, str]:
+    """Draw one row of a tier; the same in every split."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     value = rng.randint(2, MAX_START)
     clauses, steps = [f"{name} has {value} {thing}"], []
     for _ in range(tier):
         operator, operand = _operation(rng, value, factors=tier > 1)
-        result = _apply(value, operator, operand)
+        result = apply_operation(value, operator, operand)
         clauses.append(FACTORS[operand] if operator == "*" else f"{rng.choice(VERBS[operator])} {operand}")
         steps.append(f"{value}{operator}{operand}={result}.")
         value = result
@@ -98,13 +101,13 @@ def _story(rng: random.Random, tier: int) -> dict[str, str]:
     }
 
 
-def _tier_rows(tier: int, split: Split, seed: int) -> Iterator[dict[str, str]]:
+def _tier_rows(story: Story, tier: int, split: Split, seed: int) -> Iterator[dict[str, str]]:
     """Yield the distinct problems of one tier and split; the sequence does not depend on what other tiers yield."""
     rng = random.Random(f"{seed}/{split}/{tier}")
     seen: set[int] = set()
     while True:
         for _ in range(_MAX_DRAWS):
-            row = _story(rng, tier)
+            row = story(rng, tier, split)
             key = _key(row["problem"])
             if key not in seen and split_of(row["problem"]) == split:
                 break
@@ -181,18 +184,28 @@ def rows(
         >>> row["problem_source"]
         'tier2'
     """
+    return draw_rows(_story, num_problems, split, seed, tiers)
+
+
+def draw_rows(
+    story: Story,
+    num_problems: int | None,
+    split: Split,
+    seed: int,
+    tiers: Sequence[int] | Mapping[int, float],
+) -> Iterator[dict[str, str]]:
+    """Yield distinct problems that ``story`` draws; the other arguments and errors are those of :func:`rows`."""
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
     if num_problems is not None and num_problems < 0:
         raise ValueError(f"num_problems must not be negative, got {num_problems}")
     weights = _tier_weights(tiers)
-    return _mixed_rows(num_problems, split, seed, weights)
+    return _mixed_rows(num_problems, weights, {tier: _tier_rows(story, tier, split, seed) for tier in weights})
 
 
 def _mixed_rows(
-    num_problems: int | None, split: Split, seed: int, weights: Mapping[int, float]
+    num_problems: int | None, weights: Mapping[int, float], streams: Mapping[int, Iterator[dict[str, str]]]
 ) -> Iterator[dict[str, str]]:
-    streams = {tier: _tier_rows(tier, split, seed) for tier in weights}
     for count, tier in enumerate(_interleave(weights)):
         if count == num_problems:
             return

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hdpo.data.prompts import PromptRenderer
 from hdpo.functional import pass_at_k
 from hdpo.lab.problems import NUM_TIERS
-from hdpo.lab.task import STORIES, Task
+from hdpo.lab.task import STORIES, Task, ground_truth
 from hdpo.rewards.boxed import last_boxed
 
 __all__ = ["contexts", "sample", "score_policy"]
@@ -25,7 +25,7 @@ def contexts(tokenizer: PreTrainedTokenizerBase, row: dict[str, str], task: Task
     """Return a row's three contexts as token ids: ``plain``, with the ``solution``, with the ``answer`` only."""
     solution = PromptRenderer(tokenizer, task.prompts)
     answer = PromptRenderer(tokenizer, replace(task.prompts, privileged_context="answer"))
-    truth = (row["problem"], row["generated_solution"], row["expected_answer"])
+    truth = ground_truth(row)
     return {
         "plain": solution.student(row["problem"]),
         "solution": solution.privileged(*truth),

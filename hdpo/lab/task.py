@@ -6,13 +6,14 @@ Training knows nothing of it. A configuration names the rows, the prompts and th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hdpo.data.prompts import PromptConfig
+from hdpo.lab import transfer
 from hdpo.lab.problems import foreign_rows, rows
 
-__all__ = ["FOREIGN", "LAB_PROMPTS", "STORIES", "TASKS", "Recipe", "Sizes", "Task"]
+__all__ = ["FOREIGN", "LAB_PROMPTS", "STORIES", "TASKS", "TRANSFER", "Recipe", "Sizes", "Task", "ground_truth"]
 
 # Short on purpose: the tiny policy pays for every token of its prompt.
 LAB_PROMPTS = PromptConfig(instruction="", privileged_template="Solution: {context}\n{problem}")
@@ -93,6 +94,11 @@ class Task:
     sizes: Sizes = Sizes()
 
 
+def ground_truth(row: Mapping[str, str]) -> tuple[str, str, str, str]:
+    """Return what :meth:`hdpo.data.prompts.PromptRenderer.privileged` takes of a row."""
+    return row["problem"], row["generated_solution"], row["expected_answer"], row.get("context", "")
+
+
 STORIES = Task("stories", Path(__file__).parent / "policy")
 """The first laboratory: references are written as the policy writes, so that the context can be copied."""
 
@@ -107,4 +113,16 @@ FOREIGN = Task(
 )
 """References in another hand's notation: the context can be read and translated, and never copied."""
 
-TASKS = {task.name: task for task in (STORIES, FOREIGN)}
+TRANSFER = Task(
+    "transfer",
+    Path(__file__).parent / "policy_transfer",
+    rows=transfer.rows,
+    prompts=replace(LAB_PROMPTS, privileged_template="Hint: {context}\n{problem}", privileged_context="column"),
+    recipe=Recipe(
+        plain_tiers={1: 0.25, 2: 0.3, 3: 0.25, 4: 0.2},
+        privileged_tiers={1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 2.0, 6: 2.0},
+    ),
+)
+"""The privileged context is one formula: the steps must be worked out, and it alone tells the size of some words."""
+
+TASKS = {task.name: task for task in (STORIES, FOREIGN, TRANSFER)}

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from hdpo.data.prompts import PromptRenderer
-from hdpo.lab.task import STORIES, Recipe, Sizes, Task
+from hdpo.lab.task import STORIES, Recipe, Sizes, Task, ground_truth
 
 __all__ = [
     "Examples",
@@ -76,8 +76,7 @@ def warmup_texts(num_problems: int, seed: int, task: Task = STORIES) -> Iterator
     for row in task.rows(num_problems, split="warmup", seed=seed):
         yield row["problem"]
         yield row["generated_solution"]
-        if task.completion != "generated_solution":
-            yield row[task.completion]
+        yield from (row[name] for name in ("own_solution", "context") if name in row)
         yield context.format(context=f"The final answer is \\boxed{{{row['expected_answer']}}}.", problem="")
 
 
@@ -111,7 +110,7 @@ class WarmupBatches(IterableDataset[tuple[Examples, Examples]]):
         told = rows(split="warmup", seed=recipe.seed + 2, tiers=recipe.answer_only_tiers)
         for i in count(1):
             renderer, row = (self.solution, next(solved)) if i % recipe.answer_only_every else (self.answer, next(told))
-            context = renderer.privileged(row["problem"], row["generated_solution"], row["expected_answer"])
+            context = renderer.privileged(*ground_truth(row))
             yield context, completion_ids(self.tokenizer, row[self.task.completion])
 
     def __iter__(self) -> Iterator[tuple[Examples, Examples]]:
