@@ -1,6 +1,6 @@
 r"""The laboratory of transfer: what helps is one formula, so that the steps have still to be worked out.
 
-Stories of two or three operations, in six tiers: two (1) or three (2) in order; a pair told in reverse (3); a pair whose
+Stories of two or three operations in six tiers: two (1) or three (2) in order; a pair told in reverse (3); a pair whose
 order the text leaves open (4), done in the order of telling in 70 % of cases; one (5) or two (6) amounts that are words
 with a fixed size which only the hint tells::
 
