@@ -6,16 +6,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import yaml
 
 from hdpo.cli import main
-from hdpo.data.prompts import PromptConfig, PromptRenderer
-from hdpo.files import find_config
+from hdpo.data.prompts import PromptRenderer
 from hdpo.lab.build import load
 from hdpo.lab.demo import read_curves
 from hdpo.lab.problems import foreign_rows, rows
-from hdpo.lab.scoring import score_policy
-from hdpo.lab.task import FOREIGN, LAB_PROMPTS, STORIES, TASKS
+from hdpo.lab.task import FOREIGN, LAB_PROMPTS, STORIES
 from hdpo.lab.warmup import WarmupBatches
 from hdpo.rewards import MathVerifier, Outcome
 from tests.helpers.record import StopAtStart
@@ -120,44 +117,6 @@ def test_the_record_is_of_this_recipe_and_keeps_what_the_laboratory_promises(rec
         assert scores[f"tier{tier}"]["pass@1"] <= 0.05
         assert scores[f"tier{tier}"]["privileged"] >= 0.4
     assert max(scores[f"tier{t}"]["copied"] for t in TIERS) == 0
-
-
-def test_recorded_scores_are_reproduced_on_a_sample(lab, record):
-    """Other problems, fewer of them: within four standard errors of a proportion, and one problem's worth besides."""
-    number = 6
-    again = score_policy(*lab, num_problems=number, num_samples=8, seed=17, task=FOREIGN)
-    for source, scores in again.items():
-        for name, value in scores.items():
-            expected = record["scores"][source][name]
-            error = (expected * (1 - expected) / number) ** 0.5
-            assert value == pytest.approx(expected, abs=4 * error + 1 / number), (source, name)
-
-
-def leaves(config, prefix=""):
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def test_the_configuration_is_the_laboratorys_but_for_policy_rows_tiers_and_name():
-    mine, other = (dict(leaves(yaml.safe_load(Path(find_config(n)).read_text()))) for n in ("lab_foreign", "lab"))
-    assert mine.keys() == other.keys()
-    assert {key: value for key, value in mine.items() if value != other[key]} == {
-        "model.policy.path": "pkg://hdpo.lab/policy_foreign",
-        "data.source.path": "python:hdpo.lab.problems:foreign_rows",
-        "data.source.kwargs.tiers": list(TIERS),
-        "data.val_source.path": "python:hdpo.lab.problems:foreign_rows",
-        "data.test_source.path": "python:hdpo.lab.problems:foreign_rows",
-        "trainer.logger.init_args.name": "lab_foreign",
-    }
-    assert {name: task.policy.name for name, task in TASKS.items()} == {
-        "stories": "policy",
-        "foreign": "policy_foreign",
-    }
-    prompts = yaml.safe_load(Path(find_config("lab_foreign")).read_text())["data"]["prompts"]
-    assert PromptConfig(**prompts) == FOREIGN.prompts == STORIES.prompts
 
 
 SMALL = [
