@@ -194,7 +194,7 @@ def lab_prompts(num_prompts: int) -> tuple[Any, list[list[int]]]:
 
     from hdpo.data.prompts import PromptRenderer
     from hdpo.lab.problems import rows
-    from hdpo.lab.warmup import LAB_PROMPTS
+    from hdpo.lab.task import LAB_PROMPTS
     from hdpo.policy import PolicyConfig, load_tokenizer
 
     tokenizer = load_tokenizer(PolicyConfig(path=LAB))

@@ -1,5 +1,5 @@
-"""The embedded laboratory: arithmetic stories in six tiers, and a tiny policy that has cliffs on the hardest of them.
+"""The embedded laboratories: arithmetic stories in six tiers, and tiny policies that have cliffs on the hardest.
 
-The laboratory is only data, tokenizer and weights. Training knows nothing of it: the stories are rows like any other
-data set's, and the policy in ``hdpo/lab/policy`` loads with ``AutoModelForCausalLM``.
+A laboratory is only data, tokenizer and weights, see :class:`hdpo.lab.task.Task`. Training knows nothing of it: the
+stories are rows like any other data set's, and a policy loads with ``AutoModelForCausalLM``.
 """

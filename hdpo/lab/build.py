@@ -1,4 +1,4 @@
-"""Build or score the laboratory's policy: ``python -m hdpo.lab.build --out DIR``.
+"""Build or score a laboratory's policy: ``python -m hdpo.lab.build --task NAME --out DIR``.
 
 Trains the tokenizer and, in a supervised Lightning run of some minutes on two cores, the policy; then scores both on
 held-out problems and writes ``scores.json`` beside the weights.
@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,31 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hdpo.lab.scoring import score_policy
+from hdpo.lab.task import STORIES, TASKS, Recipe, Task
 from hdpo.lab.tokenizer import train_tokenizer
-from hdpo.lab.warmup import Recipe, WarmupBatches, WarmupModule, new_policy, warmup_texts
+from hdpo.lab.warmup import WarmupBatches, WarmupModule, new_policy, warmup_texts
 
 __all__ = ["POLICY", "build", "evaluate", "load", "main", "train"]
 
-POLICY = Path(__file__).parent / "policy"
-"""The embedded policy."""
+POLICY = STORIES.policy
+"""The first laboratory's embedded policy."""
 
 _NUM_TOKENIZER_PROBLEMS = 6000
 
 
 def train(
-    recipe: Recipe, *, progress: bool = True, tokenizer: PreTrainedTokenizerBase | None = None
+    recipe: Recipe,
+    task: Task = STORIES,
+    *,
+    progress: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train tokenizer and policy.
 
     Args:
-        recipe: see :class:`~hdpo.lab.warmup.Recipe`; the same recipe gives the same weights on the same machine with
+        recipe: see :class:`~hdpo.lab.task.Recipe`; the same recipe gives the same weights on the same machine with
             the same number of threads.
+        task: the laboratory.
         progress: show a progress bar.
         tokenizer: use this one and train none.
 
@@ -47,8 +53,8 @@ def train(
         the policy (float32, in evaluation mode) and its tokenizer.
     """
     seed_everything(recipe.seed, verbose=False)
-    tokenizer = tokenizer or train_tokenizer(warmup_texts(_NUM_TOKENIZER_PROBLEMS, recipe.seed))
-    policy = new_policy(tokenizer)
+    tokenizer = tokenizer or train_tokenizer(warmup_texts(_NUM_TOKENIZER_PROBLEMS, recipe.seed, task))
+    policy = new_policy(tokenizer, task.sizes)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -60,7 +66,7 @@ def train(
         enable_progress_bar=progress,
         callbacks=[TQDMProgressBar(refresh_rate=10)] if progress else [],
     )
-    trainer.fit(WarmupModule(policy, recipe), DataLoader(WarmupBatches(tokenizer, recipe), batch_size=None))
+    trainer.fit(WarmupModule(policy, recipe), DataLoader(WarmupBatches(tokenizer, recipe, task), batch_size=None))
     return policy.eval(), tokenizer
 
 
@@ -90,11 +96,14 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return policy.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def evaluate(folder: Path, *, num_problems: int, num_samples: int, seed: int, recipe: Recipe | None) -> dict[str, Any]:
+def evaluate(
+    folder: Path, task: Task = STORIES, *, num_problems: int, num_samples: int, seed: int, recipe: Recipe | None
+) -> dict[str, Any]:
     """Score the policy in ``folder``, write ``scores.json`` there and return its content.
 
     Args:
         folder: where the policy lies.
+        task: the laboratory.
         num_problems: problems a tier.
         num_samples: samples a problem.
         seed: of problems and samples.
@@ -103,7 +112,7 @@ def evaluate(folder: Path, *, num_problems: int, num_samples: int, seed: int, re
     path = folder / "scores.json"
     earlier = json.loads(path.read_text()).get("recipe") if path.is_file() else None
     policy, tokenizer = load(folder)
-    scores = score_policy(policy, tokenizer, num_problems=num_problems, num_samples=num_samples, seed=seed)
+    scores = score_policy(policy, tokenizer, num_problems=num_problems, num_samples=num_samples, seed=seed, task=task)
     record = {
         "recipe": earlier if recipe is None else asdict(recipe),
         "num_parameters": sum(p.numel() for p in policy.parameters()),
@@ -114,7 +123,7 @@ def evaluate(folder: Path, *, num_problems: int, num_samples: int, seed: int, re
     return record
 
 
-def build(out: Path, recipe: Recipe) -> None:
+def build(out: Path, recipe: Recipe, task: Task = STORIES) -> None:
     """Train tokenizer and policy and write them to ``out``, a folder that must not hold a policy yet.
 
     Raises:
@@ -123,7 +132,7 @@ def build(out: Path, recipe: Recipe) -> None:
     if (out / "config.json").exists():
         raise ValueError(f"{out} already holds a policy: choose another --out, or remove the folder first")
     out.mkdir(parents=True, exist_ok=True)
-    save(*train(recipe), out)
+    save(*train(recipe, task), out)
 
 
 def _table(record: dict[str, Any]) -> str:
@@ -141,6 +150,7 @@ def main(args: Sequence[str] | None = None) -> int:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, help="folder for a new policy")
     target.add_argument("--evaluate-only", type=Path, metavar="DIR", help="score the policy in DIR and train nothing")
+    parser.add_argument("--task", choices=TASKS, default=STORIES.name, help="the laboratory (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of everything (default: %(default)s)")
     parser.add_argument("--problems", type=int, default=100, help="held-out problems a tier (default: %(default)s)")
@@ -149,11 +159,13 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if options.problems < 1 or options.samples < 8:
             raise ValueError("--problems must be at least 1 and --samples at least 8 (for pass@8)")
-        recipe = None if options.evaluate_only else Recipe(seed=options.seed, steps=options.steps)
-        if recipe is not None:
-            build(options.out, recipe)
+        task, recipe = TASKS[options.task], None
+        if not options.evaluate_only:
+            recipe = replace(task.recipe, seed=options.seed, steps=options.steps)
+            build(options.out, recipe, task)
         record = evaluate(
             options.evaluate_only or options.out,
+            task,
             num_problems=options.problems,
             num_samples=options.samples,
             seed=options.seed,

@@ -5,6 +5,11 @@ A story of tier k applies k operations (plus, minus, double, triple) to a number
     Ben has 6 shells, triples them, loses 4. How many shells now?
     6*3=18. 18-4=14. So \boxed{14}
 
+:func:`foreign_rows` has the same stories with another hand's references, which name each result first; the policy's own
+way of writing stands beside it::
+
+    18=6*3. 14=18-4. So \boxed{14}
+
 Everything derives from the seed: row i of a split is the same on every machine and for every number of rows asked for.
 """
 
@@ -12,10 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, get_args
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
-__all__ = ["NUM_TIERS", "Split", "rows", "split_of"]
+__all__ = ["NUM_TIERS", "Split", "Story", "draw_rows", "foreign_rows", "rows", "split_of"]
 
 NUM_TIERS = 6
 MAX_VALUE = 99
@@ -30,9 +36,13 @@ VERBS = {"+": ("buys", "finds", "gets"), "-": ("gives", "loses", "sells")}
 FACTORS = {2: "doubles them", 3: "triples them"}
 
 Split = Literal["warmup", "train", "validation"]
+Story = Callable[[random.Random, int, Split], dict[str, str]]
+"""Draws one row of a tier; it is drawn again until its problem is new and in the split."""
 
 # Shares of the hash's range, in hundredths: the first bound is the warm-up's, the second also holds training's.
 _WARMUP_BELOW, _TRAIN_BELOW = 45, 90
+
+_EQUATION = re.compile(r"(\S+)=(\d+)\.")
 
 # A draw is new and in the right split with a probability of a few per cent at the very least while problems are left.
 _MAX_DRAWS = 20_000
@@ -63,22 +73,23 @@ def _operation(rng: random.Random, value: int, *, factors: bool) -> tuple[str, i
     while True:
         operator = rng.choice("+-*" if factors else "+-")
         operand = rng.choice(tuple(FACTORS)) if operator == "*" else rng.randint(2, MAX_TERM)
-        if 1 <= _apply(value, operator, operand) <= MAX_VALUE:
+        if 1 <= apply_operation(value, operator, operand) <= MAX_VALUE:
             return operator, operand
 
 
-def _apply(value: int, operator: str, operand: int) -> int:
+def apply_operation(value: int, operator: str, operand: int) -> int:
+    """Return what ``+``, ``-`` or ``*`` makes of a value."""
     return {"+": value + operand, "-": value - operand, "*": value * operand}[operator]
 
 
-def _story(rng: random.Random, tier: int) -> dict[str, str]:
-    """Draw one row of a tier."""
+def _story(rng: random.Random, tier: int, split: Split) -> dict[str, str]:
+    """Draw one row of a tier; the same in every split."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     value = rng.randint(2, MAX_START)
     clauses, steps = [f"{name} has {value} {thing}"], []
     for _ in range(tier):
         operator, operand = _operation(rng, value, factors=tier > 1)
-        result = _apply(value, operator, operand)
+        result = apply_operation(value, operator, operand)
         clauses.append(FACTORS[operand] if operator == "*" else f"{rng.choice(VERBS[operator])} {operand}")
         steps.append(f"{value}{operator}{operand}={result}.")
         value = result
@@ -90,13 +101,13 @@ def _story(rng: random.Random, tier: int) -> dict[str, str]:
     }
 
 
-def _tier_rows(tier: int, split: Split, seed: int) -> Iterator[dict[str, str]]:
+def _tier_rows(story: Story, tier: int, split: Split, seed: int) -> Iterator[dict[str, str]]:
     """Yield the distinct problems of one tier and split; the sequence does not depend on what other tiers yield."""
     rng = random.Random(f"{seed}/{split}/{tier}")
     seen: set[int] = set()
     while True:
         for _ in range(_MAX_DRAWS):
-            row = _story(rng, tier)
+            row = story(rng, tier, split)
             key = _key(row["problem"])
             if key not in seen and split_of(row["problem"]) == split:
                 break
@@ -173,19 +184,53 @@ def rows(
         >>> row["problem_source"]
         'tier2'
     """
+    return draw_rows(_story, num_problems, split, seed, tiers)
+
+
+def draw_rows(
+    story: Story,
+    num_problems: int | None,
+    split: Split,
+    seed: int,
+    tiers: Sequence[int] | Mapping[int, float],
+) -> Iterator[dict[str, str]]:
+    """Yield distinct problems that ``story`` draws; the other arguments and errors are those of :func:`rows`."""
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
     if num_problems is not None and num_problems < 0:
         raise ValueError(f"num_problems must not be negative, got {num_problems}")
     weights = _tier_weights(tiers)
-    return _mixed_rows(num_problems, split, seed, weights)
+    return _mixed_rows(num_problems, weights, {tier: _tier_rows(story, tier, split, seed) for tier in weights})
 
 
 def _mixed_rows(
-    num_problems: int | None, split: Split, seed: int, weights: Mapping[int, float]
+    num_problems: int | None, weights: Mapping[int, float], streams: Mapping[int, Iterator[dict[str, str]]]
 ) -> Iterator[dict[str, str]]:
-    streams = {tier: _tier_rows(tier, split, seed) for tier in weights}
     for count, tier in enumerate(_interleave(weights)):
         if count == num_problems:
             return
         yield next(streams[tier])
+
+
+def foreign_rows(num_problems: int | None = None, **options: Any) -> Iterator[dict[str, str]]:
+    r"""Yield the rows of :func:`rows` with their references in a foreign hand.
+
+    Args:
+        num_problems: as for :func:`rows`.
+        options: ``split``, ``seed`` and ``tiers`` of :func:`rows`.
+
+    Yields:
+        the columns of :func:`rows`; ``generated_solution`` names each result before its operation, and ``own_solution``
+        is the solution as the policy writes it.
+
+    Example:
+        >>> row = next(foreign_rows(tiers=[2]))
+        >>> row["generated_solution"], row["own_solution"]
+        ('32=26+6. 35=32+3. So \\boxed{35}', '26+6=32. 32+3=35. So \\boxed{35}')
+    """
+    return map(_foreign, rows(num_problems, **options))
+
+
+def _foreign(row: dict[str, str]) -> dict[str, str]:
+    own = row["generated_solution"]
+    return row | {"generated_solution": _EQUATION.sub(r"\2=\1.", own), "own_solution": own}

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hdpo.data.prompts import PromptRenderer
 from hdpo.functional import pass_at_k
-from hdpo.lab.problems import NUM_TIERS, rows
-from hdpo.lab.warmup import LAB_PROMPTS
+from hdpo.lab.problems import NUM_TIERS
+from hdpo.lab.task import STORIES, Task, ground_truth
 from hdpo.rewards.boxed import last_boxed
 
 __all__ = ["contexts", "sample", "score_policy"]
@@ -21,11 +21,11 @@ __all__ = ["contexts", "sample", "score_policy"]
 MAX_NEW_TOKENS = 72
 
 
-def contexts(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> dict[str, list[int]]:
+def contexts(tokenizer: PreTrainedTokenizerBase, row: dict[str, str], task: Task = STORIES) -> dict[str, list[int]]:
     """Return a row's three contexts as token ids: ``plain``, with the ``solution``, with the ``answer`` only."""
-    solution = PromptRenderer(tokenizer, LAB_PROMPTS)
-    answer = PromptRenderer(tokenizer, replace(LAB_PROMPTS, privileged_context="answer"))
-    truth = (row["problem"], row["generated_solution"], row["expected_answer"])
+    solution = PromptRenderer(tokenizer, task.prompts)
+    answer = PromptRenderer(tokenizer, replace(task.prompts, privileged_context="answer"))
+    truth = ground_truth(row)
     return {
         "plain": solution.student(row["problem"]),
         "solution": solution.privileged(*truth),
@@ -96,6 +96,7 @@ def score_policy(
     num_problems: int = 40,
     num_samples: int = 16,
     seed: int = 0,
+    task: Task = STORIES,
 ) -> dict[str, dict[str, float]]:
     """Score a policy on problems of the split ``"validation"``.
 
@@ -105,6 +106,7 @@ def score_policy(
         num_problems: problems a tier.
         num_samples: samples a problem at temperature 1, at least 8.
         seed: of the samples and the problems.
+        task: the laboratory.
 
     Returns:
         source -> score -> value in [0, 1]: ``pass@1``, ``pass@8`` and ``greedy`` from the problem alone; ``privileged``
@@ -115,9 +117,9 @@ def score_policy(
     scores: dict[str, dict[str, float]] = {}
     for tier in range(1, NUM_TIERS + 1):
         torch.manual_seed(seed + tier)
-        problems = list(rows(num_problems, split="validation", seed=seed, tiers=[tier]))
+        problems = list(task.rows(num_problems, split="validation", seed=seed, tiers=[tier]))
         answers = [row["expected_answer"] for row in problems]
-        prompts = [contexts(tokenizer, row) for row in problems]
+        prompts = [contexts(tokenizer, row, task) for row in problems]
         plain = _correct(sample(policy, tokenizer, [p["plain"] for p in prompts], num_samples=num_samples), answers)
         greedy = _correct(sample(policy, tokenizer, [p["plain"] for p in prompts], num_samples=None), answers)
         guided = sample(policy, tokenizer, [p["solution"] for p in prompts], num_samples=4)

@@ -7,8 +7,8 @@ solved one of its problems: that tier is a cliff.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -21,13 +21,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from hdpo.data.prompts import PromptConfig, PromptRenderer
-from hdpo.lab.problems import rows
+from hdpo.data.prompts import PromptRenderer
+from hdpo.lab.task import STORIES, Recipe, Sizes, Task, ground_truth
 
 __all__ = [
-    "LAB_PROMPTS",
     "Examples",
-    "Recipe",
     "WarmupBatches",
     "WarmupModule",
     "collate",
@@ -36,50 +34,7 @@ __all__ = [
     "warmup_texts",
 ]
 
-# Short on purpose: the tiny policy pays for every token of its prompt.
-LAB_PROMPTS = PromptConfig(instruction="", privileged_template="Solution: {context}\n{problem}")
-
 _IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the embedded policy is made; written beside the weights.
-
-    Attributes:
-        seed: of problems, initial weights and the order of examples.
-        steps: optimizer steps.
-        num_plain: plain examples a step.
-        num_privileged: privileged examples a step.
-        plain_tiers: tier -> weight among the plain examples. Tiers 5 and 6 must stay out: one per cent of five-step
-            examples is enough to teach that tier, and the cliffs are gone.
-        privileged_tiers: tier -> weight among the privileged examples with a worked solution.
-        answer_only_tiers: tier -> weight among those with the answer alone. Tiers 5 and 6 must stay out here too: the
-            answer says nothing of the steps, so these are almost plain examples.
-        answer_only_every: each so-many-th privileged example shows the answer alone.
-        privileged_weight: factor of the privileged examples' loss.
-        learning_rate: peak learning rate of AdamW.
-        num_ramp_steps: steps of linear increase to the peak, before the cosine decay.
-        final_fraction: share of the peak learning rate that is left at the end.
-    """
-
-    seed: int = 0
-    steps: int = 1400
-    num_plain: int = 48
-    num_privileged: int = 20
-    plain_tiers: Mapping[int, float] = field(default_factory=lambda: {1: 0.36, 2: 0.31, 3: 0.25, 4: 0.08})
-    privileged_tiers: Mapping[int, float] = field(default_factory=lambda: dict.fromkeys(range(1, 7), 1.0))
-    answer_only_tiers: Mapping[int, float] = field(default_factory=lambda: dict.fromkeys(range(1, 5), 1.0))
-    answer_only_every: int = 5
-    privileged_weight: float = 1.0
-    learning_rate: float = 2e-3
-    num_ramp_steps: int = 50
-    final_fraction: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "num_plain", "num_privileged", "answer_only_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class Examples(NamedTuple):
@@ -115,12 +70,13 @@ def collate(pairs: list[tuple[list[int], list[int]]], pad_id: int) -> Examples:
     return Examples(input_ids, mask, labels)
 
 
-def warmup_texts(num_problems: int, seed: int) -> Iterator[str]:
+def warmup_texts(num_problems: int, seed: int, task: Task = STORIES) -> Iterator[str]:
     """Yield texts that cover what the tokenizer will meet: every tier, plain and privileged, and the answer alone."""
-    context = LAB_PROMPTS.privileged_template
-    for row in rows(num_problems, split="warmup", seed=seed):
+    context = task.prompts.privileged_template
+    for row in task.rows(num_problems, split="warmup", seed=seed):
         yield row["problem"]
         yield row["generated_solution"]
+        yield from (row[name] for name in ("own_solution", "context") if name in row)
         yield context.format(context=f"The final answer is \\boxed{{{row['expected_answer']}}}.", problem="")
 
 
@@ -132,29 +88,30 @@ class WarmupBatches(IterableDataset[tuple[Examples, Examples]]):
 
     Args:
         tokenizer: the laboratory's tokenizer.
-        recipe: see :class:`Recipe`.
+        recipe: see :class:`~hdpo.lab.task.Recipe`.
+        task: see :class:`~hdpo.lab.task.Task`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        self.tokenizer, self.recipe = tokenizer, recipe
-        self.solution = PromptRenderer(tokenizer, LAB_PROMPTS)
-        self.answer = PromptRenderer(tokenizer, replace(LAB_PROMPTS, privileged_context="answer"))
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, task: Task = STORIES) -> None:
+        self.tokenizer, self.recipe, self.task = tokenizer, recipe, task
+        self.solution = PromptRenderer(tokenizer, task.prompts)
+        self.answer = PromptRenderer(tokenizer, replace(task.prompts, privileged_context="answer"))
 
     def plain_examples(self) -> Iterator[tuple[list[int], list[int]]]:
         """Yield (student's context, completion) without end."""
-        for row in rows(split="warmup", seed=self.recipe.seed, tiers=self.recipe.plain_tiers):
-            yield self.solution.student(row["problem"]), completion_ids(self.tokenizer, row["generated_solution"])
+        for row in self.task.rows(split="warmup", seed=self.recipe.seed, tiers=self.recipe.plain_tiers):
+            yield self.solution.student(row["problem"]), completion_ids(self.tokenizer, row[self.task.completion])
 
     def privileged_examples(self) -> Iterator[tuple[list[int], list[int]]]:
         """Yield (privileged context, completion) without end."""
         # Other seeds: a problem of an easy tier should not come in several forms more often than chance has it.
-        recipe = self.recipe
+        recipe, rows = self.recipe, self.task.rows
         solved = rows(split="warmup", seed=recipe.seed + 1, tiers=recipe.privileged_tiers)
         told = rows(split="warmup", seed=recipe.seed + 2, tiers=recipe.answer_only_tiers)
         for i in count(1):
             renderer, row = (self.solution, next(solved)) if i % recipe.answer_only_every else (self.answer, next(told))
-            context = renderer.privileged(row["problem"], row["generated_solution"], row["expected_answer"])
-            yield context, completion_ids(self.tokenizer, row["generated_solution"])
+            context = renderer.privileged(*ground_truth(row))
+            yield context, completion_ids(self.tokenizer, row[self.task.completion])
 
     def __iter__(self) -> Iterator[tuple[Examples, Examples]]:
         plain, privileged = self.plain_examples(), self.privileged_examples()
@@ -166,19 +123,15 @@ class WarmupBatches(IterableDataset[tuple[Examples, Examples]]):
             )
 
 
-def new_policy(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """Return an untrained Qwen2 of about 0.4 million parameters for the tokenizer's vocabulary.
+def new_policy(tokenizer: PreTrainedTokenizerBase, sizes: Sizes = STORIES.sizes) -> Qwen2ForCausalLM:
+    """Return an untrained Qwen2 for the tokenizer's vocabulary.
 
     Embeddings are not tied, so that a sampler with weights of its own takes both over; heads have 32 channels, the
     fewest that vLLM's CPU attention knows.
     """
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=1,
+        **asdict(sizes),
         max_position_embeddings=512,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
@@ -193,7 +146,7 @@ class WarmupModule(LightningModule):
 
     Args:
         policy: the model to train.
-        recipe: see :class:`Recipe`.
+        recipe: see :class:`~hdpo.lab.task.Recipe`.
     """
 
     def __init__(self, policy: PreTrainedModel, recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from hdpo.callbacks import CliffDetection, DistillationRefresh, Evaluation, LastCheckpoint, RolloutGeneration
 from hdpo.data import OpenMathDataModule, PromptConfig, Selection, SourceConfig
-from hdpo.lab.warmup import LAB_PROMPTS
+from hdpo.lab.task import LAB_PROMPTS
 from hdpo.losses import JSD, ClippedPolicyLoss, ForwardKL, GeneralizedJSD, ReverseKL, UpdateConfig
 from hdpo.module import HDPOModule
 from hdpo.optim import LinearWarmup

@@ -11,7 +11,7 @@ from hdpo.data.prompts import PromptRenderer
 from hdpo.lab.build import POLICY, load
 from hdpo.lab.problems import NUM_TIERS, rows
 from hdpo.lab.scoring import contexts, sample
-from hdpo.lab.warmup import LAB_PROMPTS, Recipe
+from hdpo.lab.task import LAB_PROMPTS, Recipe
 from hdpo.rewards.boxed import last_boxed
 
 

@@ -3,8 +3,9 @@
 import pytest
 
 from hdpo.data.prompts import PromptConfig, PromptRenderer
+from hdpo.lab.task import LAB_PROMPTS
 from hdpo.lab.tokenizer import VOCAB_SIZE, train_tokenizer
-from hdpo.lab.warmup import LAB_PROMPTS, warmup_texts
+from hdpo.lab.warmup import warmup_texts
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,9 @@ from torch.nn import functional as F
 from hdpo.data.prompts import PromptRenderer
 from hdpo.lab.build import train
 from hdpo.lab.problems import rows, split_of
+from hdpo.lab.task import LAB_PROMPTS, Recipe
 from hdpo.lab.tokenizer import train_tokenizer
 from hdpo.lab.warmup import (
-    LAB_PROMPTS,
-    Recipe,
     WarmupBatches,
     WarmupModule,
     collate,
