@@ -39,6 +39,7 @@ from hdpo.callbacks import (
     SampleLogger,
 )
 from hdpo.checkpoints import read_header, saved_checkpoints
+from hdpo.commands.overlays import join_evaluation_sets
 from hdpo.commands.run_folder import RunFolder, find_run, is_finished, mark_finished
 from hdpo.data import OpenMathDataModule
 from hdpo.data.batches import check_batch
@@ -324,7 +325,7 @@ def main(args: Sequence[str]) -> int:
                 save_config_kwargs={"overwrite": True},
                 parser_class=OneLineParser,
                 parser_kwargs={"prog": "python -m hdpo", "description": "HDPO: see python -m hdpo --help"},
-                args=_with_config_files(args),
+                args=join_evaluation_sets(_with_config_files(args)),
             )
     except _NothingToDo as done:
         print(done)
