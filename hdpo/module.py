@@ -21,7 +21,7 @@ from hdpo.checkpoints import check_state
 from hdpo.distributed import merged_means, shard_policy
 from hdpo.errors import ConfigError, check_at_least, first_line
 from hdpo.evaluation.curves import log_evaluation
-from hdpo.evaluation.scores import Scores
+from hdpo.evaluation.scores import Scores, group_ks
 from hdpo.experience import Experience
 from hdpo.generation import GenerationEngine, TransformersEngine
 from hdpo.losses import JSD, ClippedPolicyLoss, Divergence, PolicyLoss, UpdateConfig
@@ -59,7 +59,7 @@ class HDPOModule(LightningModule):
         divergence: distance between teacher and student; default :class:`~hdpo.losses.JSD`, the paper's.
         teacher: whose distribution is distilled; default :class:`~hdpo.teacher.DriftingTeacher`, the current weights.
         update: number of updates per step, gradient clipping, micro-batches.
-        pass_k: the k of pass@k in validation.
+        pass_k: the k of pass@k in evaluations; a named set reports those that its own number of samples allows.
         rollouts: the first station; on the command line the section ``rollouts``.
         cliffs: the second station; the section ``cliffs``.
         distillation: the third station; the section ``distillation``.
@@ -104,7 +104,7 @@ class HDPOModule(LightningModule):
         self.teacher = _instance("teacher", teacher, Teacher, DriftingTeacher)
         self.update = update or UpdateConfig()
         self.pass_k = tuple(pass_k)
-        self.scores = Scores(self.pass_k)
+        self.scores = Scores({"": self.pass_k})
         self.rollouts = rollouts or RolloutGeneration()
         self.cliffs = cliffs or CliffDetection()
         self.distillation = distillation or DistillationRefresh()
@@ -197,10 +197,14 @@ class HDPOModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def setup(self, stage: str) -> None:
-        """Create the metrics of each ``problem_source`` that the validation set has."""
-        names = list(getattr(getattr(self.trainer, "datamodule", None), "problem_sources", []))
-        if names != self.scores.names[1:]:
-            self.scores = Scores(self.pass_k, names)
+        """Create the metrics of each set and source of the evaluation's problems."""
+        if (ks := self.evaluated_k()) != self.scores.ks:
+            self.scores = Scores(ks)
+
+    def evaluated_k(self) -> dict[str, tuple[int, ...]]:
+        """The k of pass@k for all problems (``""``) and for each group of the evaluation; see :func:`group_ks`."""
+        groups = getattr(getattr(self.trainer, "datamodule", None), "evaluation_groups", {})
+        return group_ks(self.pass_k, {name: n or self.rollouts.num_val_samples for name, n in groups.items()})
 
     def teardown(self, stage: str) -> None:
         """Stop the verifier's workers and release the engine."""
@@ -255,7 +259,8 @@ class HDPOModule(LightningModule):
         assert batch.rollouts is not None, "RolloutGeneration completes the experience first"
         assert batch.greedy is not None, "RolloutGeneration completes the experience first"
         prompts, greedy = batch.prompts, batch.greedy.success[:, 0]
-        self.scores.update(batch.rollouts.success, greedy, prompts.source, prompts.valid.to(self.device))
+        valid = prompts.valid.to(self.device)
+        self.scores.update(batch.rollouts.success, greedy, prompts.source, valid, prompts.dataset)
 
     def test_step(self, batch: Experience, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As :meth:`validation_step`."""
@@ -266,7 +271,7 @@ class HDPOModule(LightningModule):
         return batch
 
     def on_validation_epoch_end(self) -> None:
-        """Log pass@k, any@k and greedy accuracy, overall and by source."""
+        """Log pass@k, any@k and greedy accuracy, overall, by set and by source."""
         split = getattr(cast(Any, self.trainer).datamodule, "evaluated_split", None)
         self._log_evaluation("test" if split == "test" else "val")
 
@@ -276,7 +281,7 @@ class HDPOModule(LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         values = self.scores.compute_and_reset(stage)
-        best = f"pass@{max(self.pass_k)}"
+        best = f"pass@{max(self.scores.ks[''])}"
         self.log(best, values[f"{stage}/{best}"], prog_bar=True, logger=False)
         trainer = cast(Any, self.trainer)
         fits = trainer.state.fn == "fit"

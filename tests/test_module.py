@@ -280,9 +280,9 @@ def test_an_optimizer_that_cannot_be_is_refused(options, message):
 
 def test_repeated_problems_do_not_count_in_an_evaluation():
     module = toy.module()
-    module.scores = Scores((1, 2), ["a", "b"])
+    module.scores = Scores(dict.fromkeys(["", "a", "b"], (1, 2)))
     outcomes = [["correct", "wrong"], ["wrong", "wrong"], ["correct", "correct"]]
-    prompts = SimpleNamespace(source=["a", "b", "a"], valid=torch.tensor([True, True, False]))
+    prompts = SimpleNamespace(dataset="", source=["a", "b", "a"], valid=torch.tensor([True, True, False]))
     sampled, greedy = (
         Rollouts(None, None, None, None, torch.ones(3, len(o[0])), o, [])  # each has some reward
         for o in (outcomes, [["wrong"], ["correct"], ["correct"]])

@@ -133,7 +133,7 @@ class BestCheckpoint(_RunCheckpoint):
 
     Args:
         monitor: name of the metric, for example ``val/pass@8`` or ``val/greedy_accuracy``; ``auto`` for pass@k with the
-            largest of ``model.pass_k``; null for no best checkpoint.
+            largest of ``model.pass_k`` that all evaluation sets have the samples for; null for no best checkpoint.
         mode: whether the best is the largest (``max``) or the smallest (``min``).
         dirpath: folder; null for ``checkpoints`` in the run's folder.
     """
@@ -156,9 +156,9 @@ class BestCheckpoint(_RunCheckpoint):
                 "both): what is reported must not choose the checkpoint"
             )
         if self.monitor == "auto":
-            self.monitor = f"val/pass@{max(pl_module.pass_k)}"
+            self.monitor = f"val/pass@{max(pl_module.evaluated_k()[''])}"
         elif self.monitor is not None and self.monitor.startswith("val/pass@"):
-            known = [f"val/pass@{k}" for k in pl_module.pass_k]
+            known = [f"val/pass@{k}" for k in pl_module.evaluated_k()[""]]
             if self.monitor not in known:
                 raise ConfigError(
                     f"best_checkpoint.monitor is {self.monitor}, but model.pass_k gives {', '.join(known)}"

@@ -25,7 +25,8 @@ class Evaluation(Callback):
     Each evaluation becomes ``evaluations/step_<n>.jsonl.gz`` in the run's folder, one row per problem and sample (see
     :data:`hdpo.evaluation.records.COLUMNS`), so that every number can be recomputed; ``provenance.json`` says which
     code and machine it is from and what had been spent. At the end of ``fit`` a table compares before and after,
-    overall and by source, and ``summary.json`` holds its numbers.
+    overall, by named set and by source, and ``summary.json`` holds its numbers; ``validate`` and ``test`` print theirs
+    and add them to ``summary.json`` under the name of the split.
 
     Args:
         before_fit: evaluate once before the first step.
@@ -107,19 +108,25 @@ class Evaluation(Callback):
                     )
 
     def _write(self, trainer: Any, module: Any, folder: str) -> None:
-        step = self._step(trainer, module)
+        step, split = self._step(trainer, module), evaluated_split(trainer)
         records = [r for part in gather_objects(self._records) for r in part]
         self._records = []
         self._evaluated_step = step
         path = run_folder(trainer)
         if trainer.is_global_zero and records:
             records.sort(key=lambda r: (r["dataset"], r["row"], r["greedy"], r["sample"]))
-            write_provenance(path, records[0]["split"], step, self.spending.so_far())
-            write_gzip(record_path(path / folder, step), records)
+            write_provenance(path, split, step, self.spending.so_far())
+            file = record_path(path / folder, step)
+            write_gzip(file, records)
+            if trainer.state.fn != "fit":
+                scores = recompute(read_records(file), module.pass_k)
+                self._tell(path, {split: {"step": step, "scores": scores}}, f"{split} at step {step}", scores)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Start an empty record."""
         self._records = []
+        if self.summary and trainer.state.fn != "fit":
+            getattr(trainer, f"{trainer.state.fn.value}_loop").verbose = False  # the table says more
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Experience, batch_idx: int, dataloader_idx: int = 0
@@ -164,16 +171,24 @@ class Evaluation(Callback):
         if not files:
             return
         evaluations = {step: recompute(read_records(file), pl_module.pass_k) for step, file in files.items()}
-        summary = {
-            "run": str(folder),
+        summary: dict[str, Any] = {
             "steps": trainer.global_step,
             "before": evaluations[min(evaluations)],
             "after": evaluations[max(evaluations)],
             "evaluations": {str(step): values["all"] for step, values in evaluations.items()},
         }
-        write_text(folder / "summary.json", json.dumps(summary, indent=2))
+        title = f"step {min(evaluations)} -> step {max(evaluations)}"
+        self._tell(folder, summary, title, summary["after"], summary["before"])
+
+    def _tell(
+        self, folder: Path, numbers: dict[str, Any], title: str, after: dict[str, Any], before: Any = None
+    ) -> None:
+        """Write ``summary.json``, or add to what is in it, and print the table."""
+        path = folder / "summary.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        write_text(path, json.dumps(known | {"run": str(folder)} | numbers, indent=2))
         if self.summary:
-            _print_summary(summary, min(evaluations), max(evaluations))
+            _print_scores(title, after, folder, before)
 
 
 def evaluated_split(trainer: Any) -> str:
@@ -198,26 +213,30 @@ def _is_due(trainer: Any) -> bool:
     return interval not in (None, float("inf")) and trainer.global_step % interval == 0
 
 
-def _print_summary(summary: dict[str, Any], first: int, last: int) -> None:
-    """Before and after, with 95 % intervals."""
+def _print_scores(title: str, after: dict[str, Any], folder: Path, before: dict[str, Any] | None = None) -> None:
+    """Print the scores of all problems, each set and each source, with 95 % intervals."""
     from rich.console import Console
     from rich.table import Table
 
     # any@k (the paper's estimate) is in the file; side by side with pass@k it would only confuse.
-    names = [name for name in summary["after"]["all"] if name.startswith(("pass@", "greedy"))]
-    table = Table(title=f"step {first} -> step {last} (95 % intervals)")
+    found = {name for values in after.values() for name in values}
+    names = sorted((name for name in found if name.startswith("pass@")), key=lambda name: int(name[5:]))
+    names.append("greedy_accuracy")
+    table = Table(title=f"{title} (95 % intervals)")
     table.add_column("source")
     table.add_column("problems", justify="right")
     for name in names:
         table.add_column(name, justify="right")
-    for source, values in summary["after"].items():
-        before = summary["before"].get(source, {})
+    for source, values in after.items():
+        earlier = (before or {}).get(source, {})
         cells = [
-            (f"{before[name]['value']:.3f} -> " if name in before else "")
+            (f"{earlier[name]['value']:.3f} -> " if name in earlier else "")
             + f"{values[name]['value']:.3f} [{values[name]['low']:.2f}, {values[name]['high']:.2f}]"
+            if name in values
+            else "-"
             for name in names
         ]
         table.add_row(source, str(values["num_problems"]), *cells)
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
-    console.print(f"run:    {Path(summary['run'])}", soft_wrap=True)
+    console.print(f"run:    {folder}", soft_wrap=True)

@@ -89,7 +89,9 @@ class RolloutGeneration(Callback):
                 "it to 0, or model.distillation_weight and model.privileged_policy_weight to 0"
             )
         largest = max(pl_module.pass_k)
-        if largest > self.num_val_samples:
+        groups = getattr(getattr(trainer, "datamodule", None), "evaluation_groups", {})
+        own = [number for number in groups.values() if number]
+        if stage != "predict" and largest > max([self.num_val_samples, *own]):
             raise ConfigError(
                 f"model.pass_k asks for pass@{largest}, but rollouts.num_val_samples is {self.num_val_samples}: "
                 f"sample at least {largest} completions per problem, or drop that k"

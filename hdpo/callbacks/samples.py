@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from hdpo.errors import check_at_least
 from hdpo.experience import Experience, Rollouts
 from hdpo.files import run_folder, write_text
+from hdpo.rewards.boxed import last_boxed
 
 __all__ = ["PredictionWriter", "SampleLogger"]
 
@@ -155,6 +156,9 @@ def _visible(text: str) -> str:
 class PredictionWriter(Callback):
     """``predict`` writes one JSON line per problem: sampled and greedy completions with their outcomes.
 
+    ``answer`` is what the greedy completion's last box holds. Problems need no reference answer: their outcome is then
+    what the verifier says of one without (``invalid_reference`` for mathematics).
+
     Args:
         path: the file; null for ``predictions.jsonl`` in the run's folder. With several ranks each writes its own
             part, ``<name>.rank<r>.jsonl``.
@@ -188,6 +192,7 @@ class PredictionWriter(Callback):
                 "source": prompts.source[i],
                 "problem": prompts.problem[i],
                 "reference": prompts.reference[i],
+                "answer": last_boxed(greedy.texts[i][0]),
                 "greedy": _completions(greedy, i)[0],
                 "samples": _completions(rollouts, i),
             }

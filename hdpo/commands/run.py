@@ -37,6 +37,7 @@ from hdpo.callbacks import (
     SampleLogger,
 )
 from hdpo.checkpoints import read_header, saved_checkpoints
+from hdpo.commands.overlays import join_evaluation_sets
 from hdpo.commands.parsing import OneLineParser, find_cause, with_config_files
 from hdpo.commands.run_folder import RunFolder, find_run, is_finished, mark_finished
 from hdpo.data import OpenMathDataModule
@@ -274,7 +275,7 @@ def main(args: Sequence[str]) -> int:
                 save_config_kwargs={"overwrite": True},
                 parser_class=OneLineParser,
                 parser_kwargs={"prog": "python -m hdpo", "description": "HDPO: see python -m hdpo --help"},
-                args=with_config_files(args),
+                args=join_evaluation_sets(with_config_files(args)),
             )
     except _NothingToDo as done:
         print(done)

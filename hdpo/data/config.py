@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from hdpo.errors import ConfigError, check_at_least, check_choice
@@ -92,6 +92,8 @@ class SourceConfig:
 @dataclass
 class EvaluationSource(SourceConfig, EvaluationSampling):
     """A data set for evaluation, and how its completions are sampled.
+
+    Where no column holds the problems' source, it is the name of the set (unless ``source_name`` gives another).
 
     Attributes:
         num_problems: stop reading after so many problems; null for ``data.selection.num_val_problems`` or
@@ -235,5 +237,7 @@ def _external(
         own = source.num_problems if isinstance(source, EvaluationSource) else None
         key, full_name = (f"{section}_sources.{name}", f"{kind}/{name}") if name else (f"{section}_source", kind)
         limit = num_problems if own is None else own
+        if name and source.columns.source is None:
+            source = replace(source, source_name=source.source_name or name)
         sets.append(ProblemSet(full_name, key, source, limit, held_out=tuple(other.name for other in held_out)))
     return sets

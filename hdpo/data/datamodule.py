@@ -21,6 +21,7 @@ from hdpo.data.config import EvaluationSource, ProblemSet, Selection, SourceConf
 from hdpo.data.preparation import PreparationReport
 from hdpo.data.prompts import PromptConfig, PromptRenderer
 from hdpo.errors import ConfigError, check_at_least, check_choice
+from hdpo.evaluation.records import problem_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,9 +212,19 @@ class OpenMathDataModule(LightningDataModule):
         return [dataset.report for dataset in self._datasets.values()]
 
     @property
-    def problem_sources(self) -> list[str]:
-        """The sources of the current stage's evaluation problems, sorted: the same list on all ranks."""
-        return sorted({source for s in self._evaluation_sets() for source in self.dataset(s.name).sources()})
+    def evaluation_groups(self) -> dict[str, int | None]:
+        """Groups of the current stage's evaluation problems, sorted: the same on all ranks.
+
+        Returns:
+            Name (as :func:`hdpo.evaluation.records.problem_groups` gives it) -> samples per problem; None for what
+            ``rollouts`` says.
+        """
+        groups: dict[str, int | None] = {}
+        for wanted in self._evaluation_sets():
+            number = wanted.source.num_samples if isinstance(wanted.source, EvaluationSource) else None
+            for source in self.dataset(wanted.name).sources():
+                groups |= dict.fromkeys(problem_groups(wanted.name.partition("/")[2], source), number)
+        return dict(sorted(groups.items()))
 
     # Loaders
 

@@ -18,7 +18,7 @@ __all__ = ["Endpoint", "OutcomeTable", "Setting", "choose_split", "common_k", "g
 
 
 class Endpoint(NamedTuple):
-    """A metric of the problems of some sources (none for all)."""
+    """A metric of the problems of some sources or named sets (none for all)."""
 
     metric: str
     sources: tuple[str, ...] = ()
@@ -65,21 +65,27 @@ class OutcomeTable:
 
     def sources(self, run: Run, step: int, endpoint: Endpoint) -> list[str]:
         """Where the endpoint's problems are from."""
-        found = self.of(run)[step].sources
-        return [source for source in found if not endpoint.sources or source in endpoint.sources]
+        found = self.of(run)[step]
+        return [source for source, is_wanted in zip(found.sources, _mask(found, endpoint), strict=True) if is_wanted]
 
     def problems(self, run: Run, steps: Sequence[int], endpoint: Endpoint) -> NDArray[np.float64]:
         """The endpoint's value of each problem, ``[steps, N]`` in [0, 1]."""
-        sources = np.array(self.of(run)[steps[0]].sources)
-        mask = np.isin(sources, endpoint.sources) if endpoint.sources else np.full(len(sources), True)
+        first = self.of(run)[steps[0]]
+        mask = _mask(first, endpoint)
         if not mask.any():
-            known = ", ".join(sorted(set(sources.tolist())))
+            known = ", ".join(first.groups())
             raise ConfigError(f"--primary {endpoint.name}: there are no problems of these sources; they are {known}")
         return np.stack([self._values(id(run), step, endpoint.metric)[mask] for step in steps])
 
     def outcome(self, run: Run, steps: Sequence[int], endpoint: Endpoint) -> float:
         """Mean over problems and evaluations."""
         return float(self.problems(run, steps, endpoint).mean())
+
+
+def _mask(evaluation: Evaluation, endpoint: Endpoint) -> NDArray[np.bool_]:
+    """Which of an evaluation's problems belong to an endpoint, ``[N]``."""
+    masks = [mask for name, mask in evaluation.groups().items() if not endpoint.sources or name in endpoint.sources]
+    return np.any(masks, axis=0) if masks else np.full(len(evaluation.rows), False)
 
 
 def choose_split(runs: Sequence[Run], wanted: str | None) -> str:

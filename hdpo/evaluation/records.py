@@ -11,7 +11,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,16 @@ from hdpo.errors import ConfigError
 from hdpo.evaluation.intervals import mean_interval
 from hdpo.files import whole_file
 
-__all__ = ["Evaluation", "evaluation_files", "metric_values", "read_records", "recompute", "record_path", "write_gzip"]
+__all__ = [
+    "Evaluation",
+    "evaluation_files",
+    "metric_values",
+    "problem_groups",
+    "read_records",
+    "recompute",
+    "record_path",
+    "write_gzip",
+]
 
 NO_VERDICT = ("timeout", "error", "invalid_reference")
 """Outcomes of a verifier that are no verdict on the completion."""
@@ -56,6 +65,22 @@ its last box holds, and ``completion`` the text.
 """
 
 
+def problem_groups(dataset: str, source: str) -> tuple[str, ...]:
+    """Name the groups that a problem's metrics are reported under, beside that of all problems.
+
+    Args:
+        dataset: name of its evaluation set; empty for a set without a name.
+        source: its ``problem_source``, which bears the name of the set where no column holds one.
+
+    Example:
+        >>> problem_groups("", "algebra"), problem_groups("aime24", "aime24"), problem_groups("math500", "algebra")
+        (('algebra',), ('aime24',), ('math500', 'math500/algebra'))
+    """
+    if not dataset:
+        return (source,)
+    return (dataset,) if source == dataset else (dataset, f"{dataset}/{source}")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation: the verdicts on N problems.
@@ -65,7 +90,7 @@ class Evaluation:
         split: ``validation`` or ``test``.
         problems: hash of the problems' texts and rows; equal where two evaluations are of the same problems.
         rows: N problems as ``(data set, row)``, sorted.
-        sources: where each is from.
+        sources: where each is from; in a named set ``set/source``, or ``set`` where the source bears its name.
         samples: N strings with one character per sampled completion, in the order in which they were drawn: ``1`` for
             correct, ``0`` for wrong, ``?`` for one without a verdict.
         greedy: the same for the greedy completions, one character per problem.
@@ -78,6 +103,17 @@ class Evaluation:
     sources: tuple[str, ...]
     samples: tuple[str, ...]
     greedy: str
+
+    def groups(self) -> dict[str, NDArray[np.bool_]]:
+        """The sources and named sets, sorted, with ``[N]`` True for the problems of each."""
+        sets, sources = np.array([name for name, _ in self.rows]), np.array(self.sources)
+        return {name: (sets == name) | (sources == name) for name in sorted({*sources.tolist(), *sets.tolist()} - {""})}
+
+    def of(self, mask: NDArray[np.bool_]) -> Evaluation:
+        """The part of the evaluation with the problems where ``mask`` (``[N]``) is True."""
+        chosen = np.flatnonzero(mask).tolist()
+        parts: Any = {name: tuple(getattr(self, name)[i] for i in chosen) for name in ("rows", "sources", "samples")}
+        return replace(self, **parts, greedy="".join(self.greedy[i] for i in chosen))
 
     @property
     def num_samples(self) -> int:
@@ -195,7 +231,7 @@ def read_records(path: str | Path) -> Evaluation:
         split=first["split"],
         problems=hashlib.sha256(identity.encode()).hexdigest()[:16],
         rows=tuple(order),
-        sources=tuple(known[key][1] for key in order),
+        sources=tuple(problem_groups(key[0], known[key][1])[-1] for key in order),
         samples=tuple("".join(drawn[i] for i in range(len(drawn))) for drawn in samples),
         greedy="".join(verdict for one in greedy for verdict in one.values()),
     )
@@ -232,9 +268,10 @@ def metric_values(evaluation: Evaluation, metric: str) -> NDArray[np.float64]:
 
 
 def recompute(evaluation: Evaluation, ks: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Every number of one evaluation with its 95 % interval over problems, overall and by source.
+    """Every number of one evaluation with its 95 % interval over problems, overall, by named set and by source.
 
-    The intervals are about other problems with as many of each source.
+    The intervals are about other problems with as many of each source. Where sets have different numbers of samples,
+    each has the k that its own allow, and all together those that all allow.
 
     Args:
         evaluation: as :func:`read_records` returns it.
@@ -242,10 +279,10 @@ def recompute(evaluation: Evaluation, ks: Sequence[int]) -> dict[str, dict[str, 
 
     Returns:
         ``{"all": {"pass@1": {"value", "low", "high"}, ..., "greedy_accuracy": {...}, "num_problems": N}, source: ...}``
-        with the sources in alphabetical order (a source called "all" appears as "source all").
+        with sets and sources in alphabetical order (a source called "all" appears as "source all").
 
     Raises:
-        ConfigError: a k exceeds the number of samples.
+        ConfigError: a k exceeds the number of samples of every problem.
 
     Example:
         >>> two = Evaluation(0, "test", "", (("", 0), ("", 1)), ("algebra", "sets"), ("10", "00"), "10")
@@ -253,15 +290,16 @@ def recompute(evaluation: Evaluation, ks: Sequence[int]) -> dict[str, dict[str, 
         >>> numbers["all"]["pass@1"]["value"], numbers["algebra"]["pass@2"]["value"], numbers["all"]["num_problems"]
         (0.25, 1.0, 2)
     """
-    metrics = [*(f"pass@{k}" for k in ks), *(f"any@{k}" for k in ks), "greedy_accuracy"]
-    values = {metric: metric_values(evaluation, metric) for metric in metrics}
-    sources = np.array(evaluation.sources)
-    masks = {"all": np.full(len(sources), True)}
-    masks |= {name if name != "all" else "source all": sources == name for name in sorted(set(evaluation.sources))}
+    masks = {"all": np.full(len(evaluation.rows), True)}
+    masks |= {name if name != "all" else "source all": mask for name, mask in evaluation.groups().items()}
+    most = max(map(len, evaluation.samples))
     result: dict[str, dict[str, Any]] = {}
     for name, mask in masks.items():
-        result[name] = {"num_problems": int(mask.sum())}
-        for metric, whole in values.items():
-            low, high = mean_interval(whole[mask], sources[mask].tolist())
-            result[name][metric] = {"value": float(whole[mask].mean()), "low": low, "high": high}
+        part = evaluation.of(mask)
+        possible = [k for k in ks if k <= part.num_samples or k > most]
+        result[name] = {"num_problems": len(part.rows)}
+        for metric in (*(f"pass@{k}" for k in possible), *(f"any@{k}" for k in possible), "greedy_accuracy"):
+            values = metric_values(part, metric)
+            low, high = mean_interval(values, part.sources)
+            result[name][metric] = {"value": float(values.mean()), "low": low, "high": high}
     return result

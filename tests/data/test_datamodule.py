@@ -268,7 +268,8 @@ def test_ranks_share_one_global_batch_and_one_validation_pass(tmp_path, num_rank
     assert len(validation[0]) == len(ranks[0].val_dataloader()[0])
     prompts = [batch.prompts for batches in validation for batch in batches]
     assert sorted(row for p in prompts for row in p.row[p.valid].tolist()) == list(range(11))
-    assert ranks[0].problem_sources == ranks[-1].problem_sources == alone.problem_sources == ["tier1", "tier2"]
+    groups = dict.fromkeys(["tier1", "tier2"])
+    assert ranks[0].evaluation_groups == ranks[-1].evaluation_groups == alone.evaluation_groups == groups
     assert all(data.state_dict() == alone.state_dict() for data in ranks)
 
 
@@ -380,6 +381,8 @@ def test_named_sources_have_their_own_limits_and_sampling(tmp_path):
     assert batches[1][0].sampling == EvaluationSampling(num_samples=4, temperature=0.6, max_new_tokens=99)
     assert batches[0][0].sampling == batches[2][0].sampling == EvaluationSampling()
     assert next(iter(data.train_dataloader())).prompts.dataset == ""
+    names = ["few", "few/tier1", "few/tier2", "many", "many/tier1", "many/tier2", "tier1", "tier2"]
+    assert data.evaluation_groups == {name: 4 if name.startswith("few") else None for name in names}
     # Sampling and names are no part of the problems: nothing is prepared again.
     files = set((tmp_path / "cache").glob("*.arrow"))
     options["val_sources"] = {
@@ -424,7 +427,7 @@ def test_problems_without_answers_are_predicted(tmp_path):
     prompts = experience.prompts
     assert (prompts.problem, prompts.reference, prompts.privileged_ids) == (["1+1?"] * 2, [""] * 2, [[]] * 2)
     assert prompts.columns == {"id": [3, [5]]}
-    assert (data.problem_sources, prompts.dataset) == (["problems.jsonl"], "")
+    assert (data.evaluation_groups, prompts.dataset) == ({"problems.jsonl": None}, "")
 
 
 def test_the_laboratorys_validation_problems_are_the_first_of_their_split(tmp_path):
@@ -566,8 +569,8 @@ def test_openmath_from_end_to_end(tmp_path, tiny_policy_dir):
     assert sum(sum(report.dropped.values()) + report.kept for report in reports) == 900
     reasons = {"missing_problem", "missing_solution", "missing_answer", "unusable", "duplicate"}
     assert reasons == {reason for report in reports for reason in report.dropped}
-    assert data.problem_sources == sorted(set(data.dataset("train").column("source")))
-    assert len(data.problem_sources) > 1
+    assert list(data.evaluation_groups) == sorted(set(data.dataset("train").column("source")))
+    assert len(data.evaluation_groups) > 1
     prompts = next(iter(data.train_dataloader())).prompts
     for student, privileged, solution in zip(prompts.prompt_ids, prompts.privileged_ids, prompts.solution, strict=True):
         texts = [data.tokenizer.decode(ids) for ids in (student, privileged)]

@@ -33,7 +33,7 @@ def expected(stage):
 
 @pytest.mark.parametrize("batches", [[slice(0, 5)], [slice(0, 2), slice(2, 5)]], ids=["whole", "parts"])
 def test_all_problems_and_those_of_each_source(batches):
-    scores = Scores((1, 2), ["a.b", "gsm8k", "math"])
+    scores = Scores(dict.fromkeys(["", "a.b", "gsm8k", "math"], (1, 2)))
     for stage in ("val", "test"):  # the second evaluation starts anew
         for part in batches:
             scores.update(CORRECT[part], GREEDY[part], SOURCES[part], VALID[part])
@@ -42,6 +42,6 @@ def test_all_problems_and_those_of_each_source(batches):
 
 
 def test_without_sources_there_is_one_row():
-    scores = Scores((1,))
+    scores = Scores({"": (1,)})
     scores.update(CORRECT, GREEDY, SOURCES, VALID)
     assert list(scores.compute_and_reset("val")) == ["val/pass@1", "val/any@1", "val/greedy_accuracy"]
