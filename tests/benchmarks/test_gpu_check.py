@@ -1,5 +1,6 @@
 """``gpu_check.py`` at toy size on a CPU, where nothing but torch, transformers and lightning can be imported."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -24,6 +25,12 @@ def run(*arguments):
     return done, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.fixture
+def gpu_check(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("gpu_check")
+
+
 def test_what_is_hidden_cannot_be_imported():
     code = "from tests.helpers.bare import forget_all_but; forget_all_but(); import torch, transformers, lightning\n"
     for name in ("scipy", "datasets", "jsonargparse", "math_verify", "pyarrow"):
@@ -32,39 +39,44 @@ def test_what_is_hidden_cannot_be_imported():
     assert done.stdout.split() == ["scipy", "datasets", "jsonargparse", "math_verify", "pyarrow"]
 
 
-@pytest.mark.parametrize(
-    ("part", "names"),
-    [
-        ("A", "losses engine shadow layouts strategies not_finite autocast_cache synchronisations"),
-        ("B", "decoding update optimizer weights compiled"),
-        ("C", "step step_again kernels validation"),
-    ],
-)
-def test_a_part_at_toy_size(part, names):
-    done, (first, *lines) = run("--part", part)
+GROUPS = [
+    ("A", "losses engine shadow layouts"),
+    ("A", "strategies not_finite autocast_cache synchronisations"),
+    ("B", "decoding update optimizer"),
+    ("B", "weights compiled"),
+    ("C", "step kernels"),
+    ("C", "step_again validation"),
+]
+
+
+@pytest.mark.parametrize(("part", "names"), GROUPS)
+def test_every_check_at_toy_size(part, names):
+    done, (first, *lines) = run("--part", part, "--only", *names.split())
     assert first["environment"]["gpu"] is None
     assert [line["check"] for line in lines] == names.split(), "in the order of their value"
     assert {line["part"] for line in lines} == {part}
-    failed = [line for line in lines if line["ok"] is False]
-    assert not failed
+    assert not [line for line in lines if line["ok"] is False]
     assert done.returncode == 0
-    found = {line["check"]: line for line in lines}
-    if part == "A":
-        assert found["shadow"]["ok"] is True
-        assert found["losses"]["float32"]["weight"] < 1e-4 < found["losses"]["bfloat16"]["logps_mean"]
-        assert [found["strategies"][name]["resumed"] for name in ("single", "ddp", "fsdp2")] == [0, 0, 0]
-    elif part == "B":
-        assert found["decoding"]["ms_per_token"]["4x20"] > 0
-    else:
-        assert found["step"]["update"]["tokens"] > 0
+    for found in lines:
+        match found["check"]:
+            case "losses":
+                assert found["float32"]["weight"] < 1e-4 < found["bfloat16"]["logps_mean"]
+            case "shadow":
+                assert found["ok"] is True
+            case "strategies":
+                assert [found[name]["resumed"] for name in ("single", "ddp", "fsdp2")] == [0, 0, 0]
+            case "decoding":
+                assert found["ms_per_token"]["4x20"] > 0
+            case "step" | "step_again":
+                assert found["update"]["tokens"] > 0
 
 
-def test_a_check_that_fails_or_hangs_is_a_line_and_the_next_begins(monkeypatch):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import gpu_check
-    finally:
-        sys.path.pop(0)
+def test_no_check_is_left_out(gpu_check):
+    seen = {(part, name) for part, names in GROUPS for name in names.split()}
+    assert seen == {(part, name) for part, checks in gpu_check.PARTS.items() for name in checks}
+
+
+def test_a_check_that_fails_or_hangs_is_a_line_and_the_next_begins(gpu_check, monkeypatch):
     monkeypatch.setattr(gpu_check, "PARTS", {"A": {"none": 30, "losses": 0.5}})
     unknown, slow = gpu_check.part("A", "toy", None)
     assert unknown["ok"] is slow["ok"] is False
