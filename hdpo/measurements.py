@@ -32,22 +32,23 @@ class Measurements:
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float | None] = {}
-        self._unread: list[tuple[str, Tensor]] = []
+        self._unread: list[tuple[str, Tensor, bool]] = []  # name, value, whether it is a count
 
-    def add(self, name: str, total: float | Tensor, count: float | None = 1.0) -> None:
+    def add(self, name: str, total: float | Tensor, count: float | Tensor | None = 1.0) -> None:
         """Add ``total``, the sum over ``count`` observations. ``count=None`` marks a total that is never divided."""
         if name.endswith("_max"):
             count = None
-        known = self._counts.setdefault(name, None if count is None else 0.0)
-        if count is not None:
-            self._counts[name] = (known or 0.0) + float(count)
-        if isinstance(total, Tensor):
-            self._unread.append((name, total.detach()))
-        else:
-            self._put(name, float(total))
+        self._counts.setdefault(name, None if count is None else 0.0)
+        for value, is_count in ((count, True), (total, False)):
+            if isinstance(value, Tensor):
+                self._unread.append((name, value.detach(), is_count))
+            elif value is not None:
+                self._put(name, float(value), is_count)
 
-    def _put(self, name: str, value: float) -> None:
-        if name.endswith("_max"):
+    def _put(self, name: str, value: float, is_count: bool) -> None:
+        if is_count:
+            self._counts[name] = (self._counts[name] or 0.0) + value
+        elif name.endswith("_max"):
             # Not the built-in order: a value that is not a number must not be lost.
             values = (value, self._sums.get(name, -math.inf))
             self._sums[name] = max(values, key=lambda v: (math.isnan(v), v))
@@ -56,10 +57,11 @@ class Measurements:
 
     def items(self) -> list[tuple[str, float, float | None]]:
         """Return ``(name, sum, count)`` in the order in which the names were first added."""
-        for device in dict.fromkeys(total.device for _, total in self._unread):
-            part = [(name, total) for name, total in self._unread if total.device == device]
-            for (name, _), value in zip(part, torch.stack([t.double() for _, t in part]).tolist(), strict=True):
-                self._put(name, value)
+        for device in dict.fromkeys(tensor.device for _, tensor, _ in self._unread):
+            part = [entry for entry in self._unread if entry[1].device == device]
+            values = torch.stack([tensor.double() for _, tensor, _ in part]).tolist()
+            for (name, _, is_count), value in zip(part, values, strict=True):
+                self._put(name, value, is_count)
         self._unread = []
         return [(name, self._sums[name], count) for name, count in self._counts.items()]
 

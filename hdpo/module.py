@@ -27,7 +27,7 @@ from hdpo.generation import GenerationEngine, TransformersEngine
 from hdpo.losses import JSD, ClippedPolicyLoss, Divergence, PolicyLoss, UpdateConfig
 from hdpo.losses.update import update_policy
 from hdpo.measurements import timed
-from hdpo.optim import LinearWarmup, paper_adamw
+from hdpo.optim import LinearWarmup, paper_adamw, prefer_fused
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
 from hdpo.rewards import MathVerifier, Verifier
 from hdpo.teacher import DriftingTeacher, FrozenTeacher, Teacher
@@ -188,6 +188,7 @@ class HDPOModule(LightningModule):
         """Build optimizer and scheduler over the policy's parameters alone."""
         try:
             optimizer = self.optimizer_factory(self.student.parameters())
+            prefer_fused(optimizer, self.device)
         except ValueError as error:  # torch's word on a value out of range
             raise ConfigError(f"model.optimizer: {first_line(error)}") from error
         for key, value in optimizer.defaults.items():

@@ -8,12 +8,23 @@ import torch
 
 from hdpo.errors import ConfigError, check_at_least
 
-__all__ = ["LinearWarmup", "paper_adamw"]
+__all__ = ["LinearWarmup", "paper_adamw", "prefer_fused"]
 
 
 def paper_adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW as in the paper's Table 2: learning rate 1e-6, betas (0.9, 0.999), eps 1e-8, weight decay 0.01."""
     return torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+
+
+def prefer_fused(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let one of torch's optimizers run fused on a GPU, where its options do not say how: one pass over the weights.
+
+    torch's own choice there, ``foreach``, reads and writes a copy of all second moments besides.
+    """
+    for group in optimizer.param_groups if device.type == "cuda" else ():
+        # Groups without the key belong to an optimizer that knows no fused form.
+        if group.get("fused", False) is None and group.get("foreach") is None and not group.get("differentiable"):
+            group["fused"] = True
 
 
 class LinearWarmup(torch.optim.lr_scheduler.LinearLR):

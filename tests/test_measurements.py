@@ -34,15 +34,16 @@ def test_sums_and_counts_add_up_however_they_come():
     for total, count in ((1.0, 2), (torch.tensor(3.0), 2), (torch.tensor(5, dtype=torch.int64), 1)):
         measured.add("mean", total, count)
         measured.add("total", total, None)
+        measured.add("read", total, torch.tensor(count))
     measured.add("numerator", 6.0, 0.0)
     measured.add("numerator", 0.0, 4)
     measured.add("nothing", 0.0, 0)
-    expected = {"mean": 9 / 5, "total": 9.0, "numerator": 1.5}
+    expected = {"mean": 9 / 5, "total": 9.0, "read": 9 / 5, "numerator": 1.5}
     assert measured.means() == expected
     assert measured.means() == expected, "reading changes nothing"
     measured.add("mean", 1.0, 5)
     assert measured.means()["mean"] == 1.0
-    assert [name for name, _, _ in measured.items()] == ["mean", "total", "numerator", "nothing"]
+    assert [name for name, _, _ in measured.items()] == ["mean", "total", "read", "numerator", "nothing"]
 
 
 def test_sums_are_collected_in_float64():

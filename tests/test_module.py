@@ -230,7 +230,7 @@ def test_every_so_many_steps_what_a_step_measured_is_logged_under_its_number(tmp
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "ema"])
-def test_the_policies_of_a_module(teacher):
+def test_the_policies_of_a_module(teacher, monkeypatch):
     module = toy.module(teacher=teacher, kl_coef=0.1)
     module.configure_model()
     student, other, reference = module.student, module.teacher.policy(module.student), module.reference_policy
@@ -244,6 +244,10 @@ def test_the_policies_of_a_module(teacher):
     assert module.student is student, "Lightning calls it once for each stage"
     (group,) = module.configure_optimizers()["optimizer"].param_groups
     assert {id(p) for p in group["params"]} == {id(p) for p in student.parameters()}, "the student's alone"
+    assert not group["fused"]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(module), "device", torch.device("cuda"))
+        assert module.configure_optimizers()["optimizer"].param_groups[0]["fused"] is True
     plain = toy.module(distillation_weight=0.0, teacher=teacher)
     plain.configure_model()
     assert plain.reference_policy is None

@@ -168,7 +168,7 @@ class DistillationRefresh(Callback):
             sampling_config(module, self.max_new_tokens, self.temperature),
             measured,
             "privileged",
-            drafts=[prompts.solution[i] for i in chosen],
+            drafts=shown_solutions(module, [(prompts.privileged_ids[i], prompts.solution[i]) for i in chosen]),
             policy=self._sampler(module),
         )
         batch.privileged = PrivilegedRollouts(chosen, graded(module, completions, prompts, measured, chosen))
@@ -283,6 +283,16 @@ class DistillationRefresh(Callback):
                 f"the checkpoint's distillation buffer was filled by {len(buffers)} processes and cannot be split over "
                 f"{world_size()}; it stays empty until the next refresh"
             )
+
+
+def shown_solutions(module: Any, prompts: list[tuple[list[int], str]]) -> list[str]:
+    """Return the solution of each (context, solution) whose context shows it, else an empty text.
+
+    A completion does not repeat what it has not been shown; guessing it all the same costs three times the work.
+    """
+    texts = module.tokenizer.batch_decode([ids for ids, _ in prompts], skip_special_tokens=True)
+    plain = [" ".join(text.split()) for text in texts]
+    return [s if " ".join(s.split()) in text else "" for text, (_, s) in zip(plain, prompts, strict=True)]
 
 
 def is_copy(text: str, solution: str) -> bool:

@@ -9,22 +9,53 @@ A configuration is a complete one, as :func:`hdpo.commands.run.read_config` retu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hdpo.errors import ConfigError
-from hdpo.functional.logprobs import CHUNK_ELEMENTS
+from hdpo.errors import ConfigError, first_line
+from hdpo.files import resolve_path
+from hdpo.functional.logprobs import CHUNK_ELEMENTS as _CHUNKS
 from hdpo.generation.transformers import _SAMPLE_ELEMENTS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["GIB", "OVERHEAD", "PHASES", "Config", "Shape", "is_sharded", "memory", "vllm_bytes"]
+__all__ = ["GIB", "OVERHEAD", "PHASES", "Config", "Shape", "is_sharded", "memory", "policy_config", "vllm_bytes"]
 
 Config = Mapping[str, Any]
 GIB = 2**30
 OVERHEAD = 2 * GIB
 PHASES = ("rollouts", "privileged", "validation", "teacher", "update", "optimizer")
+
+
+#: Qwen2.5 by size, so that its plan needs no network.
+_QWEN25_KEYS = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+_QWEN25_KEYS += ["intermediate_size", "tie_word_embeddings"]
+_QWEN25 = {
+    "0.5": (151_936, 896, 24, 14, 2, 4864, True),
+    "1.5": (151_936, 1536, 28, 12, 2, 8960, True),
+    "7": (152_064, 3584, 28, 28, 4, 18_944, False),
+}
+
+
+def policy_config(path: str, revision: str | None = None) -> Any:
+    """The architecture of ``model.policy.path`` as transformers' configuration; no weights are read.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    if qwen := re.fullmatch(r"Qwen/Qwen2\.5-(?:Math-|Coder-)?(0\.5|1\.5|7)B(?:-Instruct)?", path):
+        return AutoConfig.for_model("qwen2", **dict(zip(_QWEN25_KEYS, _QWEN25[qwen[1]], strict=True)))
+    try:
+        return AutoConfig.from_pretrained(resolve_path(path), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.policy.path: cannot read the configuration of {path!r} ({first_line(error)}). Give a hub id that "
+            "this machine can reach, or a local folder with config.json"
+        ) from error
 
 
 class Shape(NamedTuple):
@@ -152,7 +183,7 @@ def _forward(shape: Shape, config: Config, tokens: int) -> int:
     """Without gradient: the three products of a feed-forward network and four hidden states, or a chunk of logits."""
     w, c, cast = _bytes(config)
     layer = (3 * c * shape.feed_forward + 4 * w * shape.width) * tokens
-    chunk = min(CHUNK_ELEMENTS, tokens * shape.vocab_size) * (max(w, 4) + (c if c < 4 else 0))
+    chunk = min(_CHUNKS["cuda"], tokens * shape.vocab_size) * (max(w, 4) + (c if c < 4 else 0))
     return max(layer, shape.head * cast + chunk)
 
 
@@ -169,9 +200,11 @@ def _update(shape: Shape, config: Config, tokens: int) -> int:
     layer += (1 if recomputes else 2) * cast * shape.layer
     stream = w * shape.width * tokens
     kept = shape.num_layers * (stream if recomputes else layer)
-    # 1. The output layer's gradient, in float32; in 16 bits beside it the weight and a chunk's gradient.
-    chunk = min(CHUNK_ELEMENTS, tokens * shape.vocab_size) * c
-    output = kept + shape.head * (4 + 2 * c if c < 4 else c) + chunk + 2 * stream
+    # 1. The output layer's gradient, in float32; in 16 bits beside it the weight and a chunk's gradient, with another
+    # product's or with that chunk in float32.
+    chunk = min(_CHUNKS["cuda"], tokens * shape.vocab_size)
+    beside = shape.head * c + max(shape.head * c, 4 * chunk) if c < 4 else 0
+    output = kept + shape.head * max(4, c) + beside + chunk * c + 2 * stream
     # 2. The last layer. If the output layer is tied, its gradient waits for the embedding's.
     last = kept + (layer if recomputes else 0) + 2 * c * shape.feed_forward * tokens + stream
     # 3. The embedding's gradient, and its sum with the other one.
@@ -180,15 +213,16 @@ def _update(shape: Shape, config: Config, tokens: int) -> int:
 
 def _decoding(shape: Shape, config: Config, sampling: _Sampling) -> int:
     """The transformers engine's largest wave, if all of its completions reach their limit together."""
-    (w, c, cast), (prompts, samples, prompt, completion) = _bytes(config), sampling
+    (_, c, cast), (prompts, samples, prompt, completion) = _bytes(config), sampling
     wave = min(prompts, max(1, config["model.engine.max_sequences"] // samples))
     slots, read = wave * samples * (prompt + completion), wave * prompt
-    # Rotated keys have the dtype of the weights. One layer's are held twice while the cache grows or rows leave.
-    cache, growing = shape.num_layers * shape.key * (w + c), slots * shape.key * w
+    # Linear layers and their output layer are cast once. One layer's keys are held twice while the cache grows or rows
+    # leave it.
+    weights = cast * (shape.num_layers * shape.layer + shape.head)
+    cache, growing = 2 * shape.num_layers * shape.key * c, slots * shape.key * c
     # A block of logits is held in float32, as log-probabilities, and as a distribution in float64.
-    block = 16 * min(_SAMPLE_ELEMENTS, wave * samples * shape.vocab_size)
-    decode = slots * cache + max(growing, shape.head * cast + block)
-    return max(decode, read * cache + _forward(shape, config, read))
+    block = 16 * min(_SAMPLE_ELEMENTS["cuda"], wave * samples * shape.vocab_size)
+    return weights + max(slots * cache + max(growing, block), read * cache + _forward(shape, config, read))
 
 
 def memory(shape: Shape, config: Config, devices: int, gpu_bytes: int) -> dict[str, int]:
@@ -207,8 +241,11 @@ def memory(shape: Shape, config: Config, devices: int, gpu_bytes: int) -> dict[s
     if str(config["model.optimizer"]).endswith("SGD"):
         states = config["model.optimizer.momentum"] != 0
     always = ours * (1 + states + work.policies)
+    gradients, optimized = policy, ours
     if devices > 1 and not sharded:
-        always += policy  # DDP's buckets
+        always += policy  # DDP's buckets, in which the gradients may lie
+        if config.get("trainer.strategy.gradient_as_bucket_view"):
+            gradients = optimized = 0
     # FSDP2 gathers the root (embedding and output layer), which it holds twice meanwhile, and two layers.
     root = shape.head * (1 if shape.tied else 2) * w if sharded else 0
     gathered = root + (2 * shape.layer * w if sharded else 0)
@@ -227,10 +264,10 @@ def memory(shape: Shape, config: Config, devices: int, gpu_bytes: int) -> dict[s
         found["teacher"] = always + gathered + max(root, _forward(shape, config, max(budget, work.read)))
     # Gradients are whole on each GPU until the last micro-batch, under FSDP2 too.
     update = _update(shape, config, max(budget, work.trained))
-    found["update"] = always + policy + gathered + max(root, update)
+    found["update"] = always + gradients + gathered + max(root, update)
     if config["model.update.log_gradient_norms"]:  # of the policy losses, and then of what was added to it
         found["update"] = max(found["update"] + ours, always + 3 * ours)
-    # Gradients, and unless it is fused the square roots of all second moments.
-    fused = config.get("model.optimizer.fused") or config.get("model.optimizer.foreach") is False
-    found["optimizer"] = always + ours * (1 if fused else 2)
+    # Gradients, and unless it is fused (our choice on a GPU) the square roots of all second moments.
+    fused, foreach = (config.get(f"model.optimizer.{option}") for option in ("fused", "foreach"))
+    found["optimizer"] = always + optimized + (ours if foreach or (fused is False and foreach is None) else 0)
     return found

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
-from hdpo.commands.memory import GIB, OVERHEAD, PHASES, Config, Shape, is_sharded, memory, vllm_bytes
+from hdpo.commands.memory import GIB, OVERHEAD, PHASES, Config, Shape, is_sharded, memory, policy_config, vllm_bytes
 from hdpo.commands.run import read_config
-from hdpo.errors import ConfigError, check_at_least, check_positive, first_line
-from hdpo.files import resolve_path
+from hdpo.errors import check_at_least, check_positive
 
-__all__ = ["main", "policy_config"]
+__all__ = ["main"]
 
-#: Qwen2.5 by size, so that its plan needs no network.
-_QWEN25_KEYS = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-_QWEN25_KEYS += ["intermediate_size", "tie_word_embeddings"]
-_QWEN25 = {
-    "0.5": (151_936, 896, 24, 14, 2, 4864, True),
-    "1.5": (151_936, 1536, 28, 12, 2, 8960, True),
-    "7": (152_064, 3584, 28, 28, 4, 18_944, False),
-}
 _SIZES = (
     "data.prompts_per_step", "data.val_batch_size", "data.selection.max_prompt_tokens",
     "data.selection.max_privileged_tokens", "rollouts.num_generations", "rollouts.max_new_tokens",
@@ -39,7 +29,10 @@ _SMALLEST = {_TOKENS: 2048, _WAVE: 16}
 #: How to change to a strategy or an engine on the command line, and what that changes.
 _CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("--trainer.strategy auto", {"trainer.strategy": "auto"}),
-    "DDP": ("--config strategy/ddp", {"trainer.strategy": "ddp"}),
+    "DDP": (
+        "--config strategy/ddp",
+        {"trainer.strategy": "DDPStrategy", "trainer.strategy.gradient_as_bucket_view": True},
+    ),
     "FSDP2": ("--config strategy/fsdp2", {"trainer.strategy": "ModelParallelStrategy", _SHARDS: 8}),
     "transformers": (
         "--model.engine hdpo.generation.TransformersEngine",
@@ -54,25 +47,6 @@ _CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-
-
-def policy_config(path: str, revision: str | None = None) -> Any:
-    """The architecture of ``model.policy.path`` as transformers' configuration; no weights are read.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    from transformers import AutoConfig
-
-    if qwen := re.fullmatch(r"Qwen/Qwen2\.5-(?:Math-|Coder-)?(0\.5|1\.5|7)B(?:-Instruct)?", path):
-        return AutoConfig.for_model("qwen2", **dict(zip(_QWEN25_KEYS, _QWEN25[qwen[1]], strict=True)))
-    try:
-        return AutoConfig.from_pretrained(resolve_path(path), revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.policy.path: cannot read the configuration of {path!r} ({first_line(error)}). Give a hub id that "
-            "this machine can reach, or a local folder with config.json"
-        ) from error
 
 
 def _fitted(shape: Shape, config: Config, devices: int, gpu_bytes: int) -> dict[str, Any] | None:

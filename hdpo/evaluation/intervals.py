@@ -1,6 +1,7 @@
 """Confidence intervals of numbers between 0 and 1 that hold near 0 and 1: over problems, and over runs.
 
-How often they cover is simulated by ``benchmarks/error_rates.py``.
+How often they cover is simulated by ``benchmarks/error_rates.py``. scipy is imported where it is needed: training needs
+none of this, and ``benchmarks/gpu_check.py`` runs without it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
 
 __all__ = ["from_log_odds", "log_odds", "mean_interval", "mean_variance", "runs_interval"]
 
@@ -26,6 +26,8 @@ def log_odds(outcome: ArrayLike) -> NDArray[np.float64]:
 
 def from_log_odds(value: ArrayLike) -> NDArray[np.float64]:
     """The inverse of :func:`log_odds`, clipped to [0, 1]."""
+    from scipy import special
+
     return np.clip(special.expit(value) * (1 + 2 * _MARGIN) - _MARGIN, 0.0, 1.0)
 
 
@@ -82,6 +84,8 @@ def mean_interval(values: ArrayLike, strata: Sequence[str] | None = None, level:
         >>> round(low, 2), high
         (0.91, 1.0)
     """
+    from scipy import stats
+
     vector = np.asarray(values, dtype=np.float64)
     if vector.ndim != 1 or not len(vector):
         raise ValueError(f"expected a non-empty list of numbers, got shape {list(vector.shape)}")
@@ -113,6 +117,8 @@ def runs_interval(outcomes: ArrayLike, quantile: float | None = None, level: flo
     Raises:
         ValueError: there are fewer than two runs.
     """
+    from scipy import stats
+
     values = np.asarray(outcomes, dtype=np.float64)
     if values.ndim != 1 or len(values) < 2:
         raise ValueError("an interval over runs needs at least two of them")

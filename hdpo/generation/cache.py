@@ -38,7 +38,8 @@ class _SlotLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         # Zeros: what an attention weight of 0 is multiplied with must not be a NaN that happened to lie there.
         self.keys, self.values = (
-            x.new_zeros(x.shape[0], self.slots.capacity, x.shape[1], x.shape[3]) for x in (key_states, value_states)
+            x.new_zeros(x.shape[0], self.slots.capacity, x.shape[1], x.shape[3], dtype=self.slots.dtype)
+            for x in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -48,10 +49,10 @@ class _SlotLayer(DynamicLayer):
         slots, used = self.slots, self.slots.used
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             if slots.cells is None:
-                buffer[:, :used] = new.transpose(1, 2)
+                buffer[:, :used] = new.transpose(1, 2)  # also casts
             else:
                 cells = buffer.view(-1, *buffer.shape[2:])
-                cells.index_copy_(0, slots.cells, new.transpose(1, 2).reshape(-1, *buffer.shape[2:]))
+                cells.index_copy_(0, slots.cells, new.transpose(1, 2).reshape(-1, *buffer.shape[2:]).to(buffer.dtype))
         return self.keys[:, :used].transpose(1, 2), self.values[:, :used].transpose(1, 2)
 
     def get_seq_length(self) -> int:
@@ -75,12 +76,14 @@ class SlotCache(Cache):
         num_layers: of the model.
         width: columns of the prompts.
         limit: columns that may be needed in all.
+        dtype: of the computation. Under autocast rotated keys have the weights' dtype and would be cast again, all of
+            them, for every token; cast once they have the same values.
     """
 
-    def __init__(self, num_layers: int, width: int, limit: int) -> None:
+    def __init__(self, num_layers: int, width: int, limit: int, dtype: torch.dtype) -> None:
         # Layers that held the cache itself would keep it alive, all its memory with it, until Python looks for cycles.
         super().__init__(layers=[_SlotLayer(weakref.proxy(self)) for _ in range(num_layers)])
-        self.used, self.limit = width, limit
+        self.used, self.limit, self.dtype = width, limit, dtype
         self.capacity = min(limit, width + _SPARE)
         self.cells: Tensor | None = None
 

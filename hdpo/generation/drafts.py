@@ -43,12 +43,12 @@ class Drafts:
         self.misses = torch.zeros_like(self.window)  # times in a row that not even the first guess was right
 
     def first(self, limit: int) -> tuple[Tensor, Tensor]:
-        """Guess how the completions begin, with at most ``limit`` tokens; as :meth:`propose`."""
+        """Guess how the completions begin: at most ``limit`` tokens ``[R, m]``, and how many of each row are meant."""
         guessed = self.ids[:, : max(0, min(_MOST, limit))]
         return guessed.clamp_min(0), self.lengths.clamp_max(guessed.shape[1])
 
     def propose(self, last: Tensor, before: Tensor, emitted: Tensor) -> tuple[Tensor, Tensor]:
-        """Guess the tokens that follow.
+        """Say where in its draft each completion goes on.
 
         Args:
             last: ``[R]`` the last token of each completion.
@@ -56,7 +56,7 @@ class Drafts:
             emitted: ``[R]`` length of each completion so far.
 
         Returns:
-            Guesses ``[R, m]`` and how many of each row's are meant, ``[R]``; m may be 0.
+            Place of the next token in each draft, and how many tokens from there on are guessed, both ``[R]``.
         """
         width = self.ids.shape[1]
         if width > 1:
@@ -67,11 +67,15 @@ class Drafts:
             lost = (self.misses >= _PATIENCE) & found.any(-1)
             self.shift = torch.where(lost, nearest - emitted, self.shift)
         start = (emitted + self.shift).clamp_min(0)
-        counts = torch.minimum((self.lengths - start).clamp_min(0), self.window)
-        most = int(counts.max()) if len(counts) else 0
-        index = (start[:, None] + torch.arange(most, device=last.device)).clamp_max(max(width - 1, 0))
-        # What is not meant is read all the same, so it must be a token.
-        return (self.ids.gather(1, index).clamp_min(0) if most else self.ids[:, :0]), counts
+        return start, torch.minimum((self.lengths - start).clamp_min(0), self.window)
+
+    def guesses(self, places: Tensor, num: int) -> Tensor:
+        """Return ``[R, num]`` tokens of the drafts from given places on; what a row does not mean is some token too."""
+        index = places[:, None] + torch.arange(num, device=places.device)
+        # What is not meant is read by the policy all the same, so it must be a token.
+        return (
+            self.ids.gather(1, index.clamp_max(max(self.ids.shape[1] - 1, 0))).clamp_min(0) if num else self.ids[:, :0]
+        )
 
     def learn(self, accepted: Tensor) -> None:
         """Guess more after good guesses, less after bad ones; ``accepted`` ``[R]`` tokens were right."""

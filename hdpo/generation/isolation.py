@@ -39,7 +39,7 @@ def process_state_kept() -> Iterator[None]:
         torch.get_num_threads(),
     )
     # LD_PRELOAD would reach every process that the trainer starts later.
-    environment = {name: os.environ.get(name) for name in ("LD_PRELOAD", "RANK", "LOCAL_RANK")}
+    environment = {name: os.environ.get(name) for name in ("LD_PRELOAD", "RANK", "LOCAL_RANK", "VLLM_CACHE_ROOT")}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # vLLM's, of torch's deprecations

@@ -20,16 +20,19 @@ from hdpo.distributed import gathered_parameters
 from hdpo.errors import ConfigError, check_at_least
 from hdpo.experience import Completions
 from hdpo.functional.random import uniform
+from hdpo.functional.sampling import draw
 from hdpo.generation.cache import SlotCache
 from hdpo.generation.drafts import Drafts
 from hdpo.generation.engine import GenerationEngine, SamplingConfig
+from hdpo.generation.weights import cast_weights
 from hdpo.policy import Policy
 from hdpo.policy.attention import MASKED_KINDS, attention_kinds, attention_masks, grouped_attention
 
 __all__ = ["TransformersEngine"]
 
-#: Bound on the elements of one [rows, vocabulary] block of logits, and of the float64 probabilities made of it.
-_SAMPLE_ELEMENTS = 1 << 25
+#: Bound on the elements of one [rows, vocabulary] block of logits, and of the float64 probabilities made of it, by
+#: device: a CPU's caches want small blocks, a GPU few kernels (512 rows of 151,936 tokens are one block there).
+_SAMPLE_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 
 
 class TransformersEngine(GenerationEngine):
@@ -71,8 +74,8 @@ class TransformersEngine(GenerationEngine):
         device = policy.device
         num_rows = num_prompts * num_samples
         out = _Out(
-            ids=torch.zeros(num_rows * width, dtype=torch.int64, device=device),
-            logps=torch.zeros(num_rows * width, device=device),
+            ids=torch.zeros(num_rows, width + 1, dtype=torch.int64, device=device),
+            logps=torch.zeros(num_rows, width + 1, device=device),
             lengths=torch.zeros(num_rows, dtype=torch.int64, device=device),
             truncated=torch.zeros(num_rows, dtype=torch.bool, device=device),
         )
@@ -81,7 +84,7 @@ class TransformersEngine(GenerationEngine):
         per_wave = max(1, self.max_sequences // max(num_samples, 1))
         was_training = policy.training
         policy.eval()  # gradient checkpointing is active in training mode and would refuse the cache
-        with gathered_parameters(policy), grouped_attention(policy.model), torch.inference_mode():
+        with gathered_parameters(policy), torch.inference_mode(), cast_weights(policy), grouped_attention(policy.model):
             for start in range(0, num_prompts if num_samples else 0, per_wave):
                 wave = order[start : start + per_wave]
                 rows = torch.tensor(wave)[:, None] * num_samples + torch.arange(num_samples)
@@ -94,8 +97,9 @@ class TransformersEngine(GenerationEngine):
                     rows.flatten().to(device),
                     out,
                 )
-                if drafts is not None and self.use_drafts:
-                    decoding.run_with_drafts(Drafts([drafts[i] for i in wave for _ in range(num_samples)], device))
+                given = [drafts[i] for i in wave for _ in range(num_samples)] if drafts and self.use_drafts else []
+                if any(given):
+                    decoding.run_with_drafts(Drafts(given, device))
                 else:
                     decoding.run()
         policy.train(was_training)
@@ -103,9 +107,9 @@ class TransformersEngine(GenerationEngine):
         shape = (num_prompts, num_samples, used)
         mask = torch.arange(used, device=device) < out.lengths[:, None]
         return Completions(
-            ids=(out.ids.view(num_rows, width)[:, :used] * mask).view(shape),
+            ids=(out.ids[:, :used] * mask).view(shape),
             mask=mask.view(shape),
-            logps=torch.where(mask, out.logps.view(num_rows, width)[:, :used], 0.0).view(shape),
+            logps=torch.where(mask, out.logps[:, :used], 0.0).view(shape),
             truncated=out.truncated.view(shape[:2]),
         )
 
@@ -115,7 +119,7 @@ class _Out:
     """Where completions are written.
 
     Attributes:
-        ids: ``[rows * tokens]``, flat; beyond a completion's length anything may stand.
+        ids: ``[rows, limit + 1]``; beyond a completion's length, and in the last column, anything may stand.
         logps: log-probabilities, same shape.
         lengths: ``[rows]`` tokens of each completion so far.
         truncated: ``[rows]``.
@@ -125,6 +129,11 @@ class _Out:
     logps: Tensor
     lengths: Tensor
     truncated: Tensor
+
+    def write(self, cells: Tensor, ids: Tensor, logps: Tensor) -> None:
+        """Write tokens to cells, which count row after row."""
+        self.ids.view(-1).index_copy_(0, cells.flatten(), ids.flatten())
+        self.logps.view(-1).index_copy_(0, cells.flatten(), logps.flatten().to(self.logps.dtype))
 
 
 class _Wave:
@@ -194,7 +203,7 @@ class _Wave:
         width = max(map(len, rows))
         # Padding on the right is never attended to: its columns are overwritten before a query stands behind them.
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-        self.cache = SlotCache(self.num_layers, width, self.width + self.limit)
+        self.cache = SlotCache(self.num_layers, width, self.width + self.limit, self.policy.compute_dtype)
         hidden = self._hidden(ids, torch.arange(width, device=device).expand_as(ids), None)
         prompts = torch.arange(len(rows), device=device)
         places = (self.ends[:, None] - 1 + torch.arange(numbers.shape[1], device=device)).clamp_max(width - 1)
@@ -218,7 +227,7 @@ class _Wave:
         A bounded block of logits at a time.
         """
         hidden, weight, bias = self.policy.output_layer(hidden)
-        size = max(1, _SAMPLE_ELEMENTS // len(weight))
+        size = max(1, _SAMPLE_ELEMENTS.get(weight.device.type, 1 << 25) // len(weight))
         drawn = []
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
@@ -236,7 +245,8 @@ class _Wave:
         """Drop finished rows where they are many; returns which are left, or None where all stay."""
         if num_done < self.compaction * len(self.done):
             return None
-        keep = (~self.done).nonzero()[:, 0]
+        # nonzero() would read its size from the device once more.
+        keep = self.done.int().argsort(stable=True)[: len(self.done) - num_done]
         self.out.lengths[self.rows] = self.lengths
         self.cache.select(keep)
         self.rows, self.seeds, self.starts = self.rows[keep], self.seeds[keep], self.starts[keep]
@@ -250,10 +260,8 @@ class _Wave:
         drawn = self._prefill([[] for _ in self.prompts], numbers[:, :1])
         tokens, logps = drawn[0][:, 0], drawn[1][:, 0]
         for step in range(limit):
-            cells = self.rows * limit + step
             # What a finished row goes on to draw lies behind its length.
-            self.out.ids.index_copy_(0, cells, tokens)
-            self.out.logps.index_copy_(0, cells, logps.to(self.out.logps.dtype))
+            self.out.write(self.rows * (limit + 1) + step, tokens, logps)
             self.lengths += ~self.done
             self.done |= self._is_end(tokens)
             num_done = int(self.done.sum())
@@ -279,31 +287,30 @@ class _Wave:
         drafts.learn(accepted - 1)
         before = torch.full_like(self.seeds, -1)  # the last token but one
         while True:
-            offsets = torch.arange(tokens.shape[1], device=device)
-            fresh = ((offsets < accepted[:, None]) & ~self.done[:, None]).nonzero(as_tuple=True)
-            cells = ((self.rows * limit + self.lengths)[:, None] + offsets)[fresh]
-            self.out.ids.index_copy_(0, cells, tokens[fresh])
-            self.out.logps.index_copy_(0, cells, logps[fresh].to(self.out.logps.dtype))
+            columns = self.lengths[:, None] + torch.arange(tokens.shape[1], device=device)
+            # Guesses that were wrong lie behind the completion, where the right tokens follow.
+            self.out.write(self.rows[:, None] * (limit + 1) + columns.clamp_max(limit), tokens, logps)
             last = tokens.gather(1, accepted[:, None] - 1)[:, 0]
             before = torch.where(accepted > 1, tokens.gather(1, (accepted[:, None] - 2).clamp_min(0))[:, 0], before)
             self.lengths = torch.where(self.done, self.lengths, self.lengths + accepted)
             ended, full = self._is_end(last), self.lengths >= limit
             self.out.truncated[self.rows] |= full & ~ended & ~self.done
             self.done |= ended | full
-            num_done = int(self.done.sum())
+            places, counts = drafts.propose(last, before, self.lengths)
+            num_done, *bounds = self._bounds(counts)
             if num_done == len(self.done):
                 break
             keep = self._keep(num_done)
             if keep is not None:
-                last, before = last[keep], before[keep]
+                last, before, places, counts = (x[keep] for x in (last, before, places, counts))
                 drafts.select(keep)
-
-            guessed, counts = drafts.propose(last, before, self.lengths)
+            most, num_columns = bounds[:2] if keep is None else bounds[2:]
+            guessed = drafts.guesses(places, most)
             given = torch.cat([last[:, None], guessed], -1)
             steps = self.lengths[:, None] + torch.arange(given.shape[1], device=device)
             # A guess may reach beyond the limit; the column of the last token is never attended to.
             positions = self.starts[:, None] + (steps - 1).clamp_max(limit - 1)
-            hidden = self._read(given, positions, int(positions.max()) + 1)
+            hidden = self._read(given, positions, num_columns)
             tokens, logps = (
                 x.view(given.shape)
                 for x in self._draw(hidden.flatten(0, 1), uniform(self.seeds[:, None], steps).flatten())
@@ -314,40 +321,23 @@ class _Wave:
             before = last
         self.out.lengths[self.rows] = self.lengths
 
+    def _bounds(self, counts: Tensor) -> list[int]:
+        """What decoding must know on the host, in one read.
+
+        Returns:
+            Number of finished rows; most guesses of a row and columns that they need, with all rows; the same without
+            the finished ones.
+        """
+        bounds = [self.done.sum()]
+        for rows in (torch.ones_like(self.done), ~self.done):
+            most = (counts * rows).max()
+            ends = self.starts + (self.lengths - 1 + most).clamp_max(self.limit - 1)
+            bounds += [most, (ends * rows).max() + 1]
+        return torch.stack(bounds).tolist()
+
     def _num_right(self, tokens: Tensor, guessed: Tensor, counts: Tensor) -> Tensor:
         """How many guesses of each row are what was drawn in their place, before the completion's end."""
         drawn = tokens[:, :-1]
         right = (drawn == guessed) & ~self._is_end(drawn)
         right &= torch.arange(right.shape[1], device=right.device) < counts[:, None]
         return right.long().cumprod(-1).sum(-1)
-
-
-def draw(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw tokens by inverting the cumulative distribution at uniform numbers.
-
-    Args:
-        logits: ``[R, V]``.
-        numbers: ``[R]`` float64 in [0, 1), see :func:`hdpo.functional.random.uniform`; ``[R, K]`` for K tokens per row.
-        temperature: 0 takes the most likely token.
-
-    Returns:
-        Token ids and their log-probabilities (nats) in the shape of ``numbers``, under the distribution that was
-        sampled; with temperature 0 under the one of temperature 1.
-
-    Example:
-        >>> logits = torch.tensor([[0.0, 1.0, -1.0]]).expand(20_000, 3)
-        >>> ids, _ = draw(logits, (torch.arange(20_000) + 0.5).double() / 20_000, 1.0)
-        >>> (ids.bincount() / 20_000 - logits[0].softmax(-1)).abs().max().item() < 0.001
-        True
-    """
-    wanted = numbers.contiguous().view(len(numbers), -1)
-    scaled = logits if temperature in (0, 1) else logits / temperature
-    log_probs = scaled.log_softmax(-1)
-    if temperature == 0:
-        picked = logits.argmax(-1, keepdim=True).expand_as(wanted)
-    else:
-        # float64, because the sum of 150,000 float32 probabilities misses the tail's.
-        cumulative = log_probs.to(torch.float64, copy=True).exp_().cumsum_(-1)
-        picked = torch.searchsorted(cumulative, wanted * cumulative[:, -1:], right=True)
-        picked.clamp_(max=logits.shape[-1] - 1)
-    return picked.view(numbers.shape), log_probs.gather(-1, picked).view(numbers.shape)

@@ -10,12 +10,10 @@ vLLM is an extra (``pip install hdpo[vllm]``) and is imported when the engine st
 
 from __future__ import annotations
 
-import copy
 import gc
 import importlib.util
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -28,6 +26,7 @@ from hdpo.experience import Completions
 from hdpo.generation.engine import GenerationEngine, SamplingConfig
 from hdpo.generation.isolation import apart_from_training, process_state_kept
 from hdpo.generation.vllm_requests import check_lengths, completions_of, requests_of
+from hdpo.generation.vllm_start import cache_root, config_folder, refuse_expandable_segments
 from hdpo.generation.vllm_weights import first_rows, weights_all_loaded
 from hdpo.generation.weights import named_weights, weights_fingerprint
 from hdpo.policy import Policy
@@ -66,9 +65,9 @@ class VLLMEngine(GenerationEngine):
         dtype: dtype of the engine's weights; ``auto`` is the dtype that the policy computes in (``trainer.precision``).
         enforce_eager: skip compilation and CUDA graphs: a faster start, slower sampling; null for true on a CPU only.
         max_model_len: bound on prompt and completion together, in tokens; null for the policy's own bound.
-        max_num_seqs: bound on the completions that are decoded at the same time.
-        free_memory_during_update: give weights and KV cache's GPU memory back between rollouts and update (vLLM's
-            sleep level 1). Nothing to do on a CPU.
+        max_num_seqs: bound on the completions that are decoded at the same time; fewer than a step has take longer.
+        free_memory_during_update: drop weights and KV cache between rollouts and update (vLLM's sleep level 2), and
+            stream the weights anew afterwards. Nothing to do on a CPU.
         untie_embeddings: hold the output layer apart from a tied input embedding. vLLM packs the output layer on a
             CPU and keeps the packed OLD weights when it is tied; apart from each other both are updated. Costs
             (vocabulary x width) elements.
@@ -87,7 +86,7 @@ class VLLMEngine(GenerationEngine):
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         enforce_eager: bool | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 256,
+        max_num_seqs: int = 1024,
         free_memory_during_update: bool = True,
         untie_embeddings: bool = True,
         engine_args: dict[str, Any] | None = None,
@@ -102,7 +101,7 @@ class VLLMEngine(GenerationEngine):
         if not 0 < gpu_memory_utilization <= 1:
             raise ConfigError(f"model.engine.gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}")
         if free_memory_during_update:
-            _refuse_expandable_segments(os.environ)
+            refuse_expandable_segments(os.environ)
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
             raise ConfigError(
                 "VLLM_ENABLE_V1_MULTIPROCESSING is set, but the engine must run in the training process: unset it"
@@ -177,13 +176,16 @@ class VLLMEngine(GenerationEngine):
     def release_memory(self) -> None:
         """Give the GPU memory back for the update, if ``free_memory_during_update``."""
         if self._llm is not None and not self._asleep and self._can_sleep():
-            self._llm.sleep(level=1)
-            self._asleep = True
+            self._llm.sleep(level=2)
+            # Level 1 would copy weights to the host that are overwritten next; now there are none.
+            self._asleep, self._fingerprint = True, None
 
     def close(self) -> None:
         """Shut the engine down; a later ``generate`` starts it again."""
         if self._llm is None:
             return
+        if self._asleep:  # its allocator must own its memory again to free it
+            self._llm.wake_up()
         self._llm.llm_engine.engine_core.shutdown()
         self._llm, self._asleep, self._fingerprint = None, False, None
         gc.collect()
@@ -293,13 +295,14 @@ class VLLMEngine(GenerationEngine):
             )
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        with tempfile.TemporaryDirectory() as folder, process_state_kept():
+        with process_state_kept():
             from vllm import LLM
 
             _keep_process_group()
-            _write_config(policy, folder, untie_embeddings=self.untie_embeddings)
-            arguments = self._arguments(policy, dtype, folder)
+            folder = config_folder(policy.model, untie_embeddings=self.untie_embeddings)
+            arguments = self._arguments(policy, dtype, str(folder))
             if dist.is_initialized():
+                os.environ["VLLM_CACHE_ROOT"] = str(cache_root() / f"rank-{dist.get_rank()}")
                 os.environ["RANK"] = str(dist.get_rank())
                 # The launcher's local rank is not the device's index where trainer.devices names devices.
                 os.environ["LOCAL_RANK"] = str(policy.device.index or 0)
@@ -321,16 +324,6 @@ class VLLMEngine(GenerationEngine):
 # ---------------------------------------------------------------------- start
 
 
-def _write_config(policy: Policy, folder: str, *, untie_embeddings: bool) -> None:
-    """Write the policy's config.json, which is all that an engine with random weights and no tokenizer needs."""
-    config = copy.deepcopy(policy.model.config)
-    config.architectures = config.architectures or [type(policy.model).__name__]
-    if untie_embeddings:
-        for part in {id(c): c for c in (config, config.get_text_config())}.values():
-            part.tie_word_embeddings = False
-    config.save_pretrained(folder)
-
-
 def _keep_process_group() -> None:
     """Let vLLM's shutdown end torch.distributed only where vLLM initialised it.
 
@@ -341,12 +334,3 @@ def _keep_process_group() -> None:
     from vllm.v1.engine import core
 
     core.cleanup_dist_env_and_memory = (lambda: None) if dist.is_initialized() else cleanup_dist_env_and_memory
-
-
-def _refuse_expandable_segments(environment: Mapping[str, str]) -> None:
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if "expandable_segments:true" in environment.get(name, "").lower().replace(" ", ""):
-            raise ConfigError(
-                f"{name} has expandable_segments:True, which the memory pool of vLLM's sleep mode cannot share: unset "
-                "it, or set model.engine.free_memory_during_update to false"
-            )

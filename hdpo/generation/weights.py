@@ -1,15 +1,16 @@
-"""The policy's weights, for an engine that holds weights of its own: have they moved, and a stream of them."""
+"""The policy's weights, for sampling: cast once, or for an engine with weights of its own: moved?, and a stream."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hdpo.policy import Policy
 
-__all__ = ["named_weights", "weight_rows", "weights_fingerprint"]
+__all__ = ["cast_weights", "named_weights", "weight_rows", "weights_fingerprint"]
 
 #: Bound on the elements that are summed at once, since a sum of 16-bit numbers in 64 bits needs a copy.
 _FINGERPRINT_ELEMENTS = 1 << 24
@@ -41,6 +42,27 @@ def weights_fingerprint(policy: Policy) -> tuple[int, ...]:
     return tuple(torch.stack(sums).tolist())
 
 
+@contextmanager
+def cast_weights(policy: Policy) -> Iterator[None]:
+    """Hold weights and biases of linear layers in autocast's dtype inside the block, where autocast is active.
+
+    Autocast would cast each of them at every use, for decoding at every token; the values are the same. Norms and the
+    embedding stay, so that the residual stream has the dtype that it has in training; an output layer that is tied to
+    the embedding gets a copy of its own.
+    """
+    dtype, kept, active = policy.compute_dtype, [], torch.is_autocast_enabled(policy.device.type)
+    try:
+        for module in [m for m in policy.model.modules() if active and isinstance(m, nn.Linear)]:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.dtype == torch.float32:
+                    kept.append((module, name, parameter))
+                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+        yield
+    finally:
+        for module, name, parameter in kept:
+            setattr(module, name, parameter)
+
+
 @torch.no_grad()
 def named_weights(
     policy: Policy, dtype: torch.dtype, *, untie_embeddings: bool = False
@@ -58,19 +80,22 @@ def named_weights(
     seen = set()
     for name, parameter in policy.model.named_parameters():
         seen.add(name)
-        full_tensor = getattr(parameter, "full_tensor", None)
-        yield name, (parameter if full_tensor is None else full_tensor()).detach().to(dtype)
+        yield name, _whole(parameter.detach().to(dtype))
     if untie_embeddings:
         head = policy.model.get_output_embeddings()
         name = next(n for n, module in policy.model.named_modules() if module is head) + ".weight"
         if name not in seen:
-            full_tensor = getattr(head.weight, "full_tensor", None)
-            yield name, (head.weight if full_tensor is None else full_tensor()).detach().to(dtype)
+            yield name, _whole(head.weight.detach().to(dtype))
 
 
 @torch.no_grad()
 def weight_rows(policy: Policy, name: str, num_rows: int) -> Tensor:
     """Return the first rows of one of the policy's parameters; under FSDP2 a collective."""
-    parameter = policy.model.get_parameter(name).detach()
-    full_tensor = getattr(parameter, "full_tensor", None)
-    return (parameter if full_tensor is None else full_tensor())[:num_rows]
+    return _whole(policy.model.get_parameter(name).detach())[:num_rows]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gather what FSDP2 has sharded; whoever casts first gathers fewer bytes."""
+    full_tensor = getattr(tensor, "full_tensor", None)  # of a DTensor
+    whole: Tensor = tensor if full_tensor is None else full_tensor()
+    return whole

@@ -20,7 +20,7 @@ from hdpo.functional import (
 )
 from hdpo.measurements import Measurements
 from hdpo.policy import Policy, TokenBatch
-from hdpo.policy.packing import Layout
+from hdpo.policy.packing import Layout, on_device
 
 __all__ = ["JSD", "Divergence", "ForwardKL", "GeneralizedJSD", "ReverseKL", "distillation_loss"]
 
@@ -139,11 +139,11 @@ def distillation_loss(
     ids = torch.cat([items.topk_ids[i] for i in group]).to(student.device)
     teacher = torch.cat([items.topk_logits[i] for i in group]).to(student.device).log_softmax(-1)
     logps, written = student(tokens, torch.cat([ids, tokens.targets[:, None].to(ids)], -1)).split([ids.shape[1], 1], -1)
-    counts = torch.tensor([items.counts[i] for i in group], device=logps.device)
-    counts = counts.repeat_interleave(torch.tensor(tokens.lengths, device=logps.device))
+    by_token = [items.counts[i] for i, n in zip(group, tokens.lengths, strict=True) for _ in range(n)]
+    counts = on_device(by_token, logps.device)
     total = (divergence(logps, teacher) * counts).sum()
     measured.add("loss/distillation", total, 0.0)
-    num, probability = float(counts.sum()), written.detach()[:, 0].exp()
+    num, probability = float(sum(by_token)), written.detach()[:, 0].exp()
     measured.add("privileged/student_mass", (logps.detach().exp().sum(-1) * counts).sum(), num)
     measured.add("privileged/token_probability", (probability * counts).sum(), num)
     measured.add("privileged/rare_tokens", ((probability < RARE) * counts).sum(), num)

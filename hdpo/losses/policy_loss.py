@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -21,7 +22,7 @@ from hdpo.functional import (
 )
 from hdpo.measurements import Measurements
 from hdpo.policy import Policy, TokenBatch
-from hdpo.policy.packing import Layout
+from hdpo.policy.packing import Layout, on_device
 
 if TYPE_CHECKING:
     from hdpo.losses.selection import PolicyBatch
@@ -131,62 +132,66 @@ class PolicyLoss(ABC):
         """
         tokens = TokenBatch.from_sequences(items.sequences.select(group), student.device, layout)
         logps = student(tokens, temperature=temperature)
-        lengths = torch.tensor(tokens.lengths, device=logps.device)
-        counts = items.counts[group].repeat_interleave(lengths)
-        weights = token_weights(lengths, self.aggregation) * counts
+        num, device = len(tokens.targets), logps.device
+        chosen, lengths = on_device(group, device), on_device(tokens.lengths, device)
+        by_token = partial(_by_token, chosen=chosen, lengths=lengths, num=num)
+        counts = by_token(items.counts)
+        weights = token_weights(lengths, self.aggregation, num) * counts
         # With one update per batch the policy that sampled is the policy that is updated: the ratio is exp(0) = 1, its
         # gradient is that of log pi, and no second forward pass is needed for the old log-probabilities.
         old_logps = torch.cat([items.old_logps[i] for i in group]) if items.old_logps else logps.detach()
-        advantages = items.advantages[group].repeat_interleave(lengths)
+        advantages = by_token(items.advantages)
         losses, others = self.token_losses(logps, old_logps, advantages)
-        written = None if items.off_policy is None else ~items.off_policy[group].repeat_interleave(lengths)
+        written = None if items.off_policy is None else ~by_token(items.off_policy)
         if written is not None:
             shaped = logps.exp() / (logps.exp() + self.off_policy_shaping)
             losses = torch.where(written, losses, -advantages * shaped)
         corrected = weights
         if self.sampler_correction == "truncated":
-            corrected = weights * self._sampler_ratios(items, group, lengths, old_logps, written, measured)
+            sampler = torch.cat([items.sampler_logps[i] for i in group]).to(old_logps)
+            if written is not None:  # what was not sampled has no sampler to be corrected for
+                sampler = sampler.where(written, old_logps)
+            self._measure_ratios(old_logps - sampler, counts, items.counts[chosen], tokens.lengths, measured)
+            corrected = weights * sampler_correction(old_logps, sampler, self.sampler_correction_threshold)
         loss = (losses * corrected).sum()
         measured.add(f"loss/{name}", loss, 0.0)
         if items.old_logps and name == "policy":
             own = counts if written is None else counts * written
             for other, values in others.items():
-                measured.add(f"loss/{other}", (values * own).sum(), float(own.sum()))
+                measured.add(f"loss/{other}", (values * own).sum(), own.sum())
         if reference is not None:
             with torch.no_grad():
                 ref_logps = reference(tokens, temperature=temperature)
             kl_weights = weights if written is None else weights * written
             kl = (k3_kl(logps, ref_logps) * kl_weights).sum()
-            measured.add("loss/kl", kl, float(kl_weights.sum()))
+            measured.add("loss/kl", kl, kl_weights.sum())
             loss = loss + self.kl_coef * kl
         return loss
 
-    def _sampler_ratios(
-        self,
-        items: PolicyBatch,
-        group: list[int],
-        lengths: Tensor,
-        old_logps: Tensor,
-        written: Tensor | None,
-        measured: Measurements,
-    ) -> Tensor:
-        """Truncated ratios policy / sampler of the tokens; measures them as they were before."""
-        sampler = torch.cat([items.sampler_logps[i] for i in group]).to(old_logps)
-        if written is not None:  # what was not sampled has no sampler to be corrected for
-            sampler = sampler.where(written, old_logps)
-        threshold, counts = self.sampler_correction_threshold, items.counts[group]
-        differences = old_logps - sampler
-        by_sequence = torch.stack([part.sum() for part in differences.split(lengths.tolist())])
-        for name, values, weights in (
-            ("token", differences, counts.repeat_interleave(lengths)),
-            ("sequence", by_sequence, counts),
-        ):
-            ratios = sampler_correction(values, torch.zeros_like(values), math.inf)
-            num = float(weights.sum())
+    def _measure_ratios(
+        self, differences: Tensor, counts: Tensor, by_sequence: Tensor, lengths: list[int], measured: Measurements
+    ) -> None:
+        """Measure the ratios policy / sampler of tokens and sequences, before they are truncated.
+
+        Args:
+            differences: ``[M]`` of the log-probabilities.
+            counts: ``[M]``, how many equal ones each token stands for.
+            by_sequence: ``[n]``, the same of each sequence.
+            lengths: of the n sequences.
+            measured: where they are added.
+        """
+        sums = torch.stack([part.sum() for part in differences.split(lengths)])
+        for name, values, weights in (("token", differences, counts), ("sequence", sums, by_sequence)):
+            ratios, num = sampler_correction(values, torch.zeros_like(values), math.inf), weights.sum()
             measured.add(f"sampler/{name}_ratio_mean", (ratios * weights).sum(), num)
-            measured.add(f"sampler/{name}_ratio_above", ((ratios > threshold) * weights).sum(), num)
+            above = ratios > self.sampler_correction_threshold
+            measured.add(f"sampler/{name}_ratio_above", (above * weights).sum(), num)
             measured.add(f"sampler/{name}_ratio_max", ratios.max())
-        return sampler_correction(old_logps, sampler, threshold)
+
+
+def _by_token(values: Tensor, chosen: Tensor, lengths: Tensor, num: int) -> Tensor:
+    """For each of ``num`` tokens the value of its sequence."""
+    return values[chosen].repeat_interleave(lengths, output_size=num)
 
 
 class ClippedPolicyLoss(PolicyLoss):

@@ -14,20 +14,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hdpo.experience import Sequences
 
-__all__ = ["Layout", "Packing", "Prefixes", "TokenBatch", "pack"]
+__all__ = ["Layout", "Packing", "Prefixes", "TokenBatch", "on_device", "pack"]
 
 Layout = Literal["padded", "packed", "shared"]
 
 #: Reading prompts apart makes two forward passes of one, and attention with a mask is slower than causal attention. To
 #: be worth it, sharing has to save so many tokens a micro-batch (see benchmarks/update.py) and a tenth of all.
 _PASS, _WORTH = 256, 0.9
+
+
+def on_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Python numbers as a tensor; to a GPU from pinned memory, since another copy waits for all that was queued."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass
@@ -90,7 +96,7 @@ class TokenBatch:
                 rows = [[t for p, c in zip(prompts, completions, strict=True) for t in (*p, *c)]]
                 ends = [0, *accumulate(sequences.lengths())]
                 places = _places([e + len(p) - 1 for e, p in zip(ends, prompts, strict=False)], completions)
-                position_ids = torch.tensor([[i for n in sequences.lengths() for i in range(n)]], device=device)
+                position_ids = on_device([[i for n in sequences.lengths() for i in range(n)]], device)
             case _:
                 unique = list(dict.fromkeys(map(tuple, prompts)))
                 number = {prompt: i for i, prompt in enumerate(unique)}
@@ -103,14 +109,14 @@ class TokenBatch:
                     first = len(unique) * widest + i * width
                     places += [p * widest + len(unique[p]) - 1, *range(first, first + len(c) - 1)]
                 prefixes = Prefixes(
-                    torch.tensor([_padded(list(p), widest) for p in unique], device=device),
-                    torch.tensor([len(p) for p in unique], device=device),
-                    torch.tensor(which, device=device),
+                    on_device([_padded(list(p), widest) for p in unique], device),
+                    on_device([len(p) for p in unique], device),
+                    on_device(which, device),
                 )
         return cls(
-            torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), -1 if rows[0] else 0),
-            torch.tensor(places, dtype=torch.int64, device=device),
-            torch.tensor([t for c in completions for t in c], dtype=torch.int64, device=device),
+            on_device(rows, device, torch.int64).view(len(rows), -1 if rows[0] else 0),
+            on_device(places, device, torch.int64),
+            on_device([t for c in completions for t in c], device, torch.int64),
             [len(c) for c in completions],
             position_ids,
             prefixes,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hdpo.errors import ConfigError, first_line
 from hdpo.experience import Sequences
 from hdpo.files import resolve_path
-from hdpo.functional.logprobs import CHUNK_ELEMENTS, selected_logps, topk_logits
+from hdpo.functional.logprobs import selected_logps, topk_logits
 from hdpo.policy.attention import MASKED_KINDS, PrefixCache, attention_kinds, attention_masks, grouped_attention
 from hdpo.policy.packing import Packing, TokenBatch, pack
 
@@ -87,7 +87,7 @@ class Policy(nn.Module):
         chunk_elements: see :func:`hdpo.functional.logprobs.selected_logps`.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk_elements: int = CHUNK_ELEMENTS) -> None:
+    def __init__(self, model: PreTrainedModel, chunk_elements: int | None = None) -> None:
         super().__init__()
         text = model.config.get_text_config()
         for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
@@ -213,7 +213,7 @@ class Policy(nn.Module):
         if batch.input_ids.shape[1]:
             lengths = prefixes.lengths[prefixes.rows][:, None]
             positions = lengths + torch.arange(batch.input_ids.shape[1], device=self.device)
-            beyond = int(positions.max()) + 1
+            beyond = width + batch.input_ids.shape[1]
             keys = torch.cat([torch.where(columns < lengths, columns, beyond), positions], -1)
             mask = attention_masks(self.model, positions, keys, self.compute_dtype)
             with grouped_attention(self.model):

@@ -245,3 +245,24 @@ def test_other_divergences_and_values_do_not_warn(scored, module, trainer, recwa
 def test_bad_options_name_their_key(option, value):
     with pytest.raises(ValueError, match=f"distillation.{option}"):
         DistillationRefresh(**{option: value})
+
+
+def test_only_a_solution_that_the_context_shows_is_a_draft(scored, module, trainer, monkeypatch):
+    """Contexts `answer` and `hint` do not show it: a completion would not repeat it."""
+    given = []
+    monkeypatch.setattr(type(module.engine), "generate", _noting(type(module.engine).generate, given))
+    texts = {10: "so:\n 1 + 1\n= 2 is it", 11: "the answer is 2", 13: "1 + 1"}
+    monkeypatch.setattr(module.tokenizer, "batch_decode", lambda ids, **_: [texts.get(i[0], "") for i in ids], False)
+    monkeypatch.setattr(module.tokenizer, "encode", lambda text, **_: [len(text)] if text else [], False)
+    batch = detected(scored, module, trainer)
+    batch.prompts.solution[:] = ["1 + 1 = 2"] * len(batch)
+    DistillationRefresh(num_privileged=4, topk=8).on_train_batch_start(trainer, module, batch, 0)
+    assert given == [[[9], [], []]]
+
+
+def _noting(generate, given):
+    def noted(self, policy, prompts, seeds, sampling, drafts=None):
+        given.append(drafts)
+        return generate(self, policy, prompts, seeds, sampling)
+
+    return noted

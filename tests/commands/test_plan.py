@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from hdpo.cli import main
-from hdpo.commands.memory import GIB, PHASES, Shape, memory
-from hdpo.commands.plan import policy_config
+from hdpo.commands.memory import GIB, PHASES, Shape, memory, policy_config
 from hdpo.commands.run import read_config
 
 HDPO = ("--config", "hdpo")

@@ -186,7 +186,7 @@ def strategy(name: str, world: int) -> Any:
     """The strategy as the overlays in configs/strategy give it."""
     if name == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=True)
-    return "ddp" if name == "ddp" else "auto"
+    return DDPStrategy(gradient_as_bucket_view=True) if name == "ddp" else "auto"
 
 
 def run(scenario: dict[str, Any], name: str, out: Path, rank: int, world: int) -> None:

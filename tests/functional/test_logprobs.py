@@ -125,3 +125,9 @@ def test_no_tensor_of_tokens_times_vocabulary_is_saved_for_backward():
         selected_logps(hidden, weight, None, torch.zeros(512, 1, dtype=torch.long), chunk_elements=4096 * 16)
     assert max(saved) < 512 * 4096 // 16
     assert chunk_rows(4096, 4096 * 16) == 16
+    # By default one chunk is 1 GiB in float32 on a GPU, 128 MiB on a CPU and on what else there may be.
+    assert [chunk_rows(4096, None, device) * 4096 * 4 for device in ("cuda", "cpu", "xpu")] == [
+        1 << 30,
+        1 << 27,
+        1 << 27,
+    ]

@@ -117,6 +117,12 @@ def test_the_engine_can_be_told_not_to_use_them(policy, passes):
     assert len(passes) == without
 
 
+def test_without_any_draft_nothing_is_guessed(policy, monkeypatch):
+    plain = sample(policy, None)
+    monkeypatch.setattr("hdpo.generation.transformers.Drafts", None)
+    assert sample(policy, [[]] * len(PROMPTS)).token_lists() == plain.token_lists()
+
+
 def propose(draft, completion, *, misses=0, window=None):
     drafts = Drafts([draft], torch.device("cpu"))
     if window:
@@ -124,8 +130,8 @@ def propose(draft, completion, *, misses=0, window=None):
     for _ in range(misses):
         drafts.learn(torch.tensor([0]))
     last, before = completion[-1], completion[-2] if len(completion) > 1 else -1
-    guessed, counts = drafts.propose(torch.tensor([last]), torch.tensor([before]), torch.tensor([len(completion)]))
-    return guessed[0, : int(counts[0])].tolist()
+    places, counts = drafts.propose(torch.tensor([last]), torch.tensor([before]), torch.tensor([len(completion)]))
+    return drafts.guesses(places, int(counts[0]))[0].tolist()
 
 
 def test_what_is_proposed():
@@ -147,6 +153,8 @@ def test_a_shift_is_remembered_and_the_window_follows_what_went_well():
     for _ in range(2):
         drafts.learn(torch.tensor([0]))
     arguments = [torch.tensor([x]) for x in (6, 5, 4)]  # two tokens were added before 5, 6
-    assert drafts.propose(*arguments)[0].tolist() == [[7, 8, 9, 10]]
+    places, counts = drafts.propose(*arguments)
+    assert drafts.guesses(places, int(counts)).tolist() == [[7, 8, 9, 10]]
     drafts.learn(torch.tensor([3]))
-    assert drafts.propose(*(torch.tensor([x]) for x in (30, 9, 8)))[0].tolist() == [[11, 12, 13, 14, 15, 16]]
+    places, counts = drafts.propose(*(torch.tensor([x]) for x in (30, 9, 8)))
+    assert drafts.guesses(places, int(counts)).tolist() == [[11, 12, 13, 14, 15, 16]]

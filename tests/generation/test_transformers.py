@@ -1,15 +1,20 @@
 """The decode loop against ``model.generate``, against the policy's own log-probabilities, and against itself."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from hdpo.errors import ConfigError
 from hdpo.experience import Sequences
 from hdpo.functional.random import derive_seeds, uniform
+from hdpo.functional.sampling import draw
 from hdpo.generation import SamplingConfig, TransformersEngine
 from hdpo.generation import transformers as module
-from hdpo.generation.transformers import draw
-from tests.helpers.models import EOS, random_ids, random_policy
+from hdpo.generation.cache import SlotCache
+from hdpo.generation.weights import cast_weights
+from tests.helpers.host_reads import host_reads
+from tests.helpers.models import EOS, VOCAB, random_ids, random_policy
 from tests.helpers.tolerances import F32, of_sum
 
 #: Log-probabilities are computed in float64 and kept in float32: one rounding, that of either side.
@@ -169,7 +174,7 @@ def test_blocks_of_logits_are_bounded_and_change_nothing(policy, prompts, elemen
     sampling = SamplingConfig(max_new_tokens=6, temperature=1.0, eos_token_ids=(EOS,))
     expected = TransformersEngine().generate(policy, prompts, seeds_for(6, 3), sampling)
     rows = []
-    monkeypatch.setattr(module, "_SAMPLE_ELEMENTS", elements)
+    monkeypatch.setitem(module._SAMPLE_ELEMENTS, "cpu", elements)
     monkeypatch.setattr(module, "draw", lambda logits, *rest: rows.append(len(logits)) or draw(logits, *rest))
     found = TransformersEngine().generate(policy, prompts, seeds_for(6, 3), sampling)
     assert found.token_lists() == expected.token_lists()
@@ -213,3 +218,69 @@ def test_layers_that_no_mask_describes_are_refused():
 def test_bad_options_name_their_key(argument, value):
     with pytest.raises(ValueError, match=f"model.engine.{argument}"):
         TransformersEngine(**{argument: value})
+
+
+def reads_and_casts(policy, limit, drafts=None):
+    """What decoding ``limit`` tokens of 6 x 3 rows reads back and casts; no token ends a completion."""
+    sampling = SamplingConfig(limit, 1.0, (VOCAB,))
+    prompts = random_ids((5, 1, 9, 12, 3, 9))
+    with host_reads() as seen:
+        out = TransformersEngine().generate(policy, prompts, seeds_for(6, 3), sampling, drafts)
+    assert out.mask.all()
+    return seen
+
+
+@pytest.mark.parametrize("drafts", [None, [[7, 8, 9] * 9] * 6])
+def test_one_read_a_pass_and_every_weight_is_cast_once(drafts):
+    policy, passes = random_policy(dtype=torch.float32, tie_word_embeddings=True), []
+    policy.backbone.register_forward_hook(lambda *_: passes.append(1))
+    linear = [m for m in policy.model.modules() if isinstance(m, torch.nn.Linear)]
+    shapes = [tuple(p.shape) for m in linear for p in m.parameters()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        short, few = reads_and_casts(policy, 6, drafts), len(passes)
+        long, many = reads_and_casts(policy, 24, drafts), len(passes) - few
+    assert many > few
+    assert len(long.names) - len(short.names) == many - few, "one host read a pass"
+    assert len(short.names) <= few + 5, "and a few for each wave and each call"
+    weights = [shape for shape in long.casts if shape in set(shapes)]
+    assert sorted(weights) == sorted(shapes), "each weight and bias of the linear layers once a call"
+    # Columns of the cache: keys are cast as they come, one to a row and head, not all of them again.
+    assert not [shape for shape in long.casts if len(shape) == 4 and shape[2] > 12 + 3]
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"attn_implementation": "eager"}])
+@pytest.mark.parametrize("drafts", [None, [[7, 8, 9] * 9] * 6])
+def test_weights_and_keys_that_are_cast_once_sample_what_autocast_samples(prompts, options, drafts):
+    policy = random_policy(dtype=torch.float32, **options)
+    sampling = SamplingConfig(max_new_tokens=14, temperature=1.0, eos_token_ids=(EOS,))
+    before = {name: (p, p.clone()) for name, p in policy.model.named_parameters(remove_duplicate=False)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = TransformersEngine().generate(policy, prompts, seeds_for(6, 3), sampling, drafts)
+        for name, parameter in policy.model.named_parameters(remove_duplicate=False):
+            assert parameter is before[name][0], "the policy's own parameters are back"
+            assert torch.equal(parameter, before[name][1])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "cast_weights", lambda policy: nullcontext())
+            # Bfloat16 values survive float32, and what float32 holds is cast by autocast at every use.
+            patch.setattr(module, "SlotCache", lambda *given: SlotCache(*given[:3], torch.float32))
+            expected = TransformersEngine().generate(policy, prompts, seeds_for(6, 3), sampling, drafts)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.logps, expected.logps)
+    assert not torch.equal(found.logps, TransformersEngine().generate(policy, prompts, seeds_for(6, 3), sampling).logps)
+
+
+def test_an_error_gives_the_weights_back():
+    policy = random_policy(dtype=torch.float32)
+    before, during = list(policy.model.parameters()), []
+
+    def fails():
+        with torch.autocast("cpu", dtype=torch.bfloat16), cast_weights(policy):
+            during.extend(p.dtype for p in policy.model.parameters())
+            policy.model(torch.tensor([[VOCAB + 5]]))
+
+    with pytest.raises(IndexError):
+        fails()
+    assert set(during) == {torch.float32, torch.bfloat16}
+    assert all(a is b for a, b in zip(policy.model.parameters(), before, strict=True))
+    with cast_weights(policy):  # without autocast there is nothing to do
+        assert policy.model.lm_head.weight is before[-1]

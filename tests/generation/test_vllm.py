@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
-from hdpo.errors import ConfigError
+from hdpo.errors import ConfigError, TrainingStopped
 from hdpo.generation import SamplingConfig
 from hdpo.generation.vllm import VLLMEngine
+from hdpo.generation.vllm_start import config_folder
 from hdpo.policy import Policy
 
 SAMPLING = SamplingConfig(max_new_tokens=4, temperature=1.0, eos_token_ids=(2,))
@@ -114,8 +115,12 @@ class FakeLLM:
     def sleep(self, level):
         self.calls.append(f"sleep {level}")
 
-    def wake_up(self, tags):
+    def wake_up(self, tags=("all",)):
         self.calls.append(f"wake {','.join(tags)}")
+
+    @property
+    def llm_engine(self):
+        return SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: self.calls.append("shutdown")))
 
     def reset_prefix_cache(self):
         self.calls.append("reset prefix cache")
@@ -148,15 +153,65 @@ def test_it_wakes_weights_synchronises_and_wakes_the_cache_last(engine):
     move(policy)
     engine.generate(policy, [], NO_SEEDS, SAMPLING)
     sync = ["reload_weights", "reset prefix cache"]
-    assert engine.fake.calls == [*sync, "sleep 1", "wake weights", *sync, "wake kv_cache"]
+    assert engine.fake.calls == [*sync, "sleep 2", "wake weights", *sync, "wake kv_cache"]
     assert engine.sync_version() == 2
+
+
+def test_after_a_sleep_the_weights_are_streamed_though_they_have_not_moved(engine):
+    """Level 2 drops them."""
+    policy = build()
+    for _ in range(3):
+        engine.generate(policy, [], NO_SEEDS, SAMPLING)
+        engine.release_memory()
+    assert engine.sync_version() == engine.fake.calls.count("reload_weights") == 3
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_it_is_woken_before_it_is_closed(engine, asleep):
+    engine.generate(build(), [], NO_SEEDS, SAMPLING)
+    if asleep:
+        engine.release_memory()
+    engine.fake.calls.clear()
+    engine.close()
+    engine.close()
+    assert engine.fake.calls == [*(["wake all"] if asleep else []), "shutdown"]
+
+
+def test_a_prefix_cache_that_stays_stops_the_run(engine, monkeypatch):
+    monkeypatch.setattr(engine.fake, "reset_prefix_cache", lambda: False)
+    with pytest.raises(TrainingStopped, match="could not drop its prefix cache"):
+        engine.generate(build(), [], NO_SEEDS, SAMPLING)
+
+
+def test_the_architectures_folder_is_named_by_its_content(monkeypatch, tmp_path):
+    """Its path is in the key of vLLM's compiled code."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    first = config_folder(build().model, untie_embeddings=True)
+    model = build().model
+    model.config._name_or_path = "checkpoints/from/elsewhere"
+    assert config_folder(model, untie_embeddings=True) == first
+    assert [p.name for p in first.iterdir()] == ["config.json"]
+    assert AutoConfig.from_pretrained(first).to_dict() == model.config.to_dict()
+    tied = build(tied=True).model
+    assert config_folder(tied, untie_embeddings=True) == first
+    kept = config_folder(tied, untie_embeddings=False)
+    assert AutoConfig.from_pretrained(kept).tie_word_embeddings
+    assert sorted(p.name for p in (tmp_path / "hdpo").iterdir()) == sorted({first.name, kept.name})
+
+
+def test_the_first_of_several_ranks_writes_the_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    first = config_folder(build().model, untie_embeddings=True)
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: False)
+    assert config_folder(build().model, untie_embeddings=True) == first
+    assert [p.name for p in (tmp_path / "hdpo").iterdir()] == [first.name]
 
 
 def test_it_stays_awake_where_told_so(engine):
     engine.free_memory_during_update = False
     engine.generate(build(), [], NO_SEEDS, SAMPLING)
     engine.release_memory()
-    assert "sleep 1" not in engine.fake.calls
+    assert engine.fake.calls == ["reload_weights", "reset prefix cache"]
 
 
 def test_an_interrupted_synchronisation_is_done_again(engine):

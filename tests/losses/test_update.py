@@ -11,6 +11,8 @@ from hdpo.losses.divergence import distillation_loss
 from hdpo.losses.selection import select_rollouts
 from hdpo.losses.update import update_policy
 from hdpo.measurements import Measurements
+from hdpo.policy import TokenBatch
+from tests.helpers.host_reads import host_reads
 from tests.helpers.models import VOCAB, random_ids, random_policy
 
 #: Weights are float64; advantages are float32 and enter each gradient once, as do denominators.
@@ -250,3 +252,42 @@ def test_the_weight_of_distillation_is_a_factor_of_its_gradient():
         norms.append(batch.measurements.means()["optim/grad_norm"])
     assert norms[1] == pytest.approx(3 * norms[0], rel=TOLERANCE)
     assert norms[0] > 1e-3
+
+
+def noting(student, seen):
+    """How many reads there were before each forward pass."""
+    since = []
+    student.register_forward_pre_hook(lambda *_: since.append(len(seen.names)))
+    return since
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("num_epochs", [1, 2])
+def test_the_host_reads_once_an_update_and_once_a_step_however_many_micro_batches(num_epochs, off_policy):
+    """The clip's norm once an update, and what was measured together; each read waits for a GPU's whole queue."""
+    reads = {}
+    for tokens in (1, 10_000):
+        updated, batch = module(num_epochs=num_epochs, micro_batch_tokens=tokens), experience()
+        updated.policy_loss = ClippedPolicyLoss(sampler_correction="truncated", kl_coef=0.1, aggregation="sequence")
+        updated.reference_policy = random_policy("gpt2", seed=1)
+        if off_policy:
+            batch.off_policy = batch.rollouts.select([3, 2, 1, 0])
+        with host_reads() as seen:
+            since = noting(updated.student, seen)
+            update_policy(updated, batch)
+            assert len(since) >= (16 if tokens == 1 else 2) * num_epochs
+            assert seen.names[since[0] :] == ["__bool__"] * num_epochs
+            reads[tokens] = len(seen.names)
+            measured = batch.measurements.items()
+        assert len(seen.names) - reads[tokens] == 1
+        assert {name for name, *_ in measured} >= {"loss/kl", "sampler/token_ratio_mean", "loss/distillation"}
+    assert reads[1] == reads[10_000]
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_a_forward_pass_reads_nothing_back(layout):
+    student = random_policy("qwen2", sliding_window=4, use_sliding_window=True, max_window_layers=1)
+    sequences = Sequences([[5, 6, 7]] * 2 + [[8]], random_ids((4, 2, 5)))
+    with host_reads() as seen:
+        student(TokenBatch.from_sequences(sequences, student.device, layout)).sum().backward()
+    assert seen.names == []

@@ -1,0 +1,74 @@
+"""Where vLLM finds the policy's architecture and keeps what it has compiled, and what it cannot start with."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hdpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["cache_root", "config_folder", "refuse_expandable_segments"]
+
+
+def cache_root() -> Path:
+    """VLLM's cache folder, ``VLLM_CACHE_ROOT``.
+
+    With several processes each needs one of its own: under its external launcher every rank takes itself for rank 0,
+    and all would write the same compiled code to the same place.
+    """
+    return Path(os.environ.get("VLLM_CACHE_ROOT") or "~/.cache/vllm").expanduser()
+
+
+def config_folder(model: PreTrainedModel, *, untie_embeddings: bool) -> Path:
+    """Write the model's config.json, which is all that an engine with random weights and no tokenizer needs.
+
+    The folder is named by its content, since its path is part of the key of vLLM's compiled code: with another path in
+    each run everything would be compiled again.
+
+    Args:
+        model: whose architecture.
+        untie_embeddings: describe it with an output layer of its own.
+
+    Returns:
+        The folder, in vLLM's cache.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = config.architectures or [type(model).__name__]
+    config._name_or_path = ""
+    if untie_embeddings:
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            part.tie_word_embeddings = False
+    parent = cache_root() / "hdpo"
+    folder = parent / hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()[:16]
+    if not folder.exists():
+        parent.mkdir(parents=True, exist_ok=True)
+        written = Path(tempfile.mkdtemp(dir=parent, prefix="."))
+        config.save_pretrained(written)
+        try:
+            written.rename(folder)
+        except OSError:  # another rank was first
+            (written / "config.json").unlink()
+            written.rmdir()
+    return folder
+
+
+def refuse_expandable_segments(environment: Mapping[str, str]) -> None:
+    """Refuse memory settings that vLLM's sleep mode cannot work with.
+
+    Raises:
+        ConfigError: the message names the variable.
+    """
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if "expandable_segments:true" in environment.get(name, "").lower().replace(" ", ""):
+            raise ConfigError(
+                f"{name} has expandable_segments:True, which the memory pool of vLLM's sleep mode cannot share: unset "
+                "it, or set model.engine.free_memory_during_update to false"
+            )
