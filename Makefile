@@ -9,6 +9,10 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
+# As many test processes as cores, of one thread each. A module's tests stay together: they share what is expensive.
+export OMP_NUM_THREADS ?= 1
+PARALLEL ?= -n auto --dist loadscope
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-vllm test-oldest mutants bench lint format clean
 
@@ -19,7 +23,7 @@ $(READY): pyproject.toml .ci/constraints.txt
 	@echo "== creating $(VENV) with the tested versions of .ci/constraints.txt"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hdpo needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip setuptools
+	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c .ci/constraints.txt -e '.[test,lint]'
 	@touch $@
 
@@ -31,11 +35,11 @@ demo: $(READY) ## GRPO against HDPO in the laboratory (SEEDS=3 for three seeds)
 
 test: $(READY) ## All tests but the slow ones
 	@echo "== tests"
-	$(BIN)/python -m pytest -q -m "not slow and not vllm"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not vllm"
 
 test-slow: $(READY) ## The slow tests
 	@echo "== slow tests"
-	$(BIN)/python -m pytest -q -m "slow and not vllm"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "slow and not vllm"
 
 .venv-vllm/.ready: pyproject.toml .ci/constraints.txt .ci/constraints-vllm.txt .ci/install-vllm
 	@echo "== creating .venv-vllm (vLLM's CPU build brings many packages)"
@@ -63,7 +67,7 @@ mutants: $(READY) ## Break the code on purpose, one change at a time, and see wh
 .venv-trl/.ready: pyproject.toml .ci/constraints.txt benchmarks/constraints-trl.txt
 	@echo "== creating .venv-trl: what the benchmarks compare with"
 	$(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/pip install --quiet --upgrade pip setuptools
+	.venv-trl/bin/pip install --quiet --upgrade pip
 	.venv-trl/bin/pip install --quiet -c .ci/constraints.txt -c benchmarks/constraints-trl.txt trl -e .
 	@touch $@
 

@@ -67,8 +67,10 @@ def fixed_rollouts(args: argparse.Namespace, zero_variance: float) -> Any:
         privileged_ids=[[]] * num,
         valid=torch.ones(num, dtype=torch.bool),
     )
+    outcomes = [["correct" if reward else "wrong" for reward in group] for group in rewards.tolist()]
+    truncated = torch.zeros(num, samples, dtype=torch.bool)
     rollouts = Rollouts(
-        ids, mask, torch.zeros(mask.shape), torch.zeros(num, samples, dtype=torch.bool), rewards, [], []
+        ids, mask, torch.zeros(mask.shape), truncated, rewards, outcomes, [[""] * samples for _ in range(num)]
     )
     return Experience(prompts, rollouts)
 

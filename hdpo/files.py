@@ -52,7 +52,8 @@ def find_config(name: str) -> str:
         >>> Path(find_config("lab")).name, Path(find_config("strategy/ddp.yaml")).name
         ('lab.yaml', 'ddp.yaml')
     """
-    shipped = Path(__file__).parent / "configs"
+    package = Path(__file__).parent
+    shipped = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())  # a wheel; a checkout
     for path in (Path(name), shipped / name, shipped / f"{name}.yaml"):
         if path.is_file():
             return str(path)

@@ -11,7 +11,7 @@ import hdpo
 from hdpo.errors import ConfigError
 from hdpo.files import find_config, import_object, resolve_path, run_folder, whole_file, write_text
 
-SHIPPED = Path(hdpo.__file__).parent / "configs"
+SHIPPED = Path(hdpo.__file__).parent.parent / "configs"
 
 
 def test_a_file_appears_whole_when_the_block_ends(tmp_path):

@@ -46,7 +46,7 @@ class Evaluation(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Evaluate the initial policy, or the one of a checkpoint: it is from before the evaluation of its step."""
         self._evaluated_step = None
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else []:  # other ranks' loggers write nothing
             _forget_later_curves(logger, trainer.global_step)
         if self.before_fit if trainer.global_step == 0 else _is_due(trainer):
             self._run(trainer)

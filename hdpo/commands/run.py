@@ -200,8 +200,9 @@ class HDPOCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Note that the run is finished."""
+        folder = self.trainer.log_dir or self.trainer.default_root_dir  # log_dir is a collective
         if self.trainer.is_global_zero and self.trainer.state.finished:
-            mark_finished(Path(self.trainer.log_dir or self.trainer.default_root_dir))
+            mark_finished(Path(folder))
 
     @property
     def _num_processes(self) -> int:

@@ -254,6 +254,7 @@ def test_a_waiting_thread_is_released_by_close(hostile):
 @needs_proc
 @pytest.mark.parametrize("end", ["close", "with", "garbage"])
 def test_nothing_is_left(hostile, end):
+    gc.collect()  # of the tests before
     before, files, threads = child_processes(), set(os.listdir("/proc/self/fd")), threading.active_count()
     verifier = hostile(num_workers=2)
     grade(verifier, "hang", "exit", "5", "memory")
