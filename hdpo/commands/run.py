@@ -221,8 +221,8 @@ class HDPOCLI(LightningCLI):
         check_batch(self.datamodule.prompts_per_step, self._num_processes, self.model.update.num_minibatches)
 
 
-def _seed(value: bool | int) -> int:
-    if isinstance(value, bool) or not 0 <= value < 1 << 32:
+def _seed(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 32:
         raise ConfigError(
             f"seed_everything must be an integer of 32 bits, got {value}: every random number of a run derives from it"
         )

@@ -53,7 +53,7 @@ NUMBERS = {
     "data.selection.val_fraction": (".nan", "-0.1", "1"),
     "data.selection.max_prompt_tokens": ("0",),
     "data.prompts.hint_fraction": (".nan", "0"),
-    "seed_everything": ("true", "-1", "1.5", "99999999999"),
+    "seed_everything": ("true", "null", "-1", "1.5", "99999999999"),
 }
 
 #: Words that are none of a key's, keys that there are not, and settings that do not go together.
