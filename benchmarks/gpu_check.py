@@ -50,7 +50,7 @@ def one(name: str, size: str) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     torch.backends.cuda.matmul.allow_tf32 = False
     found = checks()[name](size)
-    print(json.dumps({"ok": bool(found.pop("ok", True)), **found}))
+    print(json.dumps({"ok": found.pop("ok", None), **found}))  # null: nothing that could be wrong here
 
 
 def run(name: str, size: str, limit: float) -> dict[str, Any]:

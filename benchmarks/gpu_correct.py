@@ -69,7 +69,7 @@ def losses(size: str) -> dict[str, Any]:
     teacher = torch.randn(num, 64).log_softmax(-1)
 
     def values(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        h, w = (x.to(device, dtype).requires_grad_() for x in (hidden, weight))
+        h, w = (x.detach().to(device, dtype, copy=True).requires_grad_() for x in (hidden, weight))
         logps = selected_logps(h, w, None, ids.to(device))
         policy_loss = -(logps[:, 0] * advantages.to(logps)).mean()
         jsd = topk_jsd_from_logps(logps[:, 1:], teacher.to(logps)).mean()

@@ -167,6 +167,7 @@ class Watch(Station):
         now = time.perf_counter()
         batch.measurements.add("time/update", now - started, 0.0)
         step = self.steps[-1]
+        assert batch.rollouts is not None
         trained = select_rollouts(batch.rollouts, batch.prompts.prompt_ids, pl_module.policy_loss).sequences
         lengths, completions = sum(trained.lengths()), sum(map(len, trained.completion_ids))
         read = 0

@@ -67,6 +67,8 @@ def test_every_check_at_toy_size(part, names):
                 assert [found[name]["resumed"] for name in ("single", "ddp", "fsdp2")] == [0, 0, 0]
             case "decoding":
                 assert found["ms_per_token"]["4x20"] > 0
+            case "validation":
+                assert 0 < found["evaluation_s"] < found["seconds"]
             case "step" | "step_again":
                 assert found["update"]["tokens"] > 0
 
