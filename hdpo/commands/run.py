@@ -20,6 +20,8 @@ from typing import Any, Literal, NoReturn, cast
 
 import yaml
 from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -33,6 +35,7 @@ from hdpo.callbacks import (
     LastCheckpoint,
     PolicyExport,
     PredictionWriter,
+    Progress,
     RolloutGeneration,
     SampleLogger,
 )
@@ -71,6 +74,7 @@ _MODEL_DEFAULTS = {
 """So that `--model.divergence.init_args.tail paper` needs no class."""
 
 _SECTIONS = {
+    "progress": Progress,
     "replay": CliffReplay,
     "samples": SampleLogger,
     "evaluation": Evaluation,
@@ -156,6 +160,13 @@ class HDPOCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except ValueError as error:
             raise find_cause(error, ConfigError) or ConfigError(f"trainer: {first_line(error)}") from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leave our progress bar out where the user has another, or wants none."""
+        others = [c for c in config.get("callbacks") or [] if isinstance(c, ProgressBar)]
+        if others or config.get("enable_progress_bar") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Progress)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning reads the whole checkpoint here, for hyper-parameters that ours does not hold."""

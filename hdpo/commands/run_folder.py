@@ -27,7 +27,7 @@ _VERSION = re.compile(r"version_(\d+)")
 _OPENING = re.compile(r"config\.yaml|hparams\.yaml|events\.out\.tfevents\..*")
 _BEGUN = ("checkpoints", "evaluations", "tests", "predictions.jsonl", "samples.jsonl", "skipped")
 #: Keys in which a run may differ from the one that it continues.
-_NOT_IDENTITY = ("ckpt_path", "resume", "weights_only", "config")
+_NOT_IDENTITY = ("ckpt_path", "resume", "weights_only", "config", "progress")
 _NOT_IDENTITY_TRAINER = ("devices", "num_nodes", "enable_progress_bar", "default_root_dir")
 
 

@@ -34,7 +34,7 @@ def weights_fingerprint(policy: Policy) -> tuple[int, ...]:
         1
     """
     sums = []
-    for parameter in policy.model.parameters():
+    for parameter in policy.own_parameters():
         to_local = getattr(parameter, "to_local", None)  # a DTensor under FSDP2
         values = (parameter if to_local is None else to_local()).detach().contiguous().flatten()
         parts = values.view(_INTEGERS[values.element_size()]).split(_FINGERPRINT_ELEMENTS)
@@ -67,7 +67,7 @@ def cast_weights(policy: Policy) -> Iterator[None]:
 def named_weights(
     policy: Policy, dtype: torch.dtype, *, untie_embeddings: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stream the policy's weights under their checkpoint names, one unsharded tensor at a time.
+    """Stream the policy's weights under their checkpoint names, one unsharded tensor at a time; an adapter is merged.
 
     Args:
         policy: whose weights; under FSDP2 this is a collective, to be exhausted on all ranks.
@@ -78,7 +78,7 @@ def named_weights(
         Name and tensor, on the policy's device; without sharding and cast it shares the policy's memory.
     """
     seen = set()
-    for name, parameter in policy.model.named_parameters():
+    for name, parameter in policy.named_weights():
         seen.add(name)
         yield name, _whole(parameter.detach().to(dtype))
     if untie_embeddings:
@@ -91,7 +91,7 @@ def named_weights(
 @torch.no_grad()
 def weight_rows(policy: Policy, name: str, num_rows: int) -> Tensor:
     """Return the first rows of one of the policy's parameters; under FSDP2 a collective."""
-    return _whole(policy.model.get_parameter(name).detach())[:num_rows]
+    return _whole(policy.weight(name).detach())[:num_rows]
 
 
 def _whole(tensor: Tensor) -> Tensor:
