@@ -6,7 +6,7 @@ Both put the keys of earlier tokens into a cache and need to say which of its co
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,14 @@ from transformers.masking_utils import sdpa_mask
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["MASKED_KINDS", "PrefixCache", "attention_kinds", "attention_masks", "grouped_attention"]
+__all__ = [
+    "MASKED_KINDS",
+    "PrefixCache",
+    "attention_kinds",
+    "attention_masks",
+    "causal_attention",
+    "grouped_attention",
+]
 
 #: The kinds of layers that :func:`attention_masks` can say everything about.
 MASKED_KINDS = frozenset({"full_attention", "sliding_attention"})
@@ -121,18 +128,33 @@ def _grouped_sdpa(
     return out.reshape(rows, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
-_NAME = "hdpo_grouped_sdpa"
-AttentionInterface.register(_NAME, _grouped_sdpa)
-AttentionMaskInterface.register(_NAME, sdpa_mask)
+_GROUPED, _CAUSAL = "hdpo_grouped_sdpa", "hdpo_causal_sdpa"
+AttentionInterface.register(_GROUPED, _grouped_sdpa)
+AttentionMaskInterface.register(_GROUPED, sdpa_mask)
+# For a name without a function for masks transformers makes none; SDPA is then causal by itself.
+AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
 
 
 @contextmanager
 def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let the model attend with :func:`_grouped_sdpa`, unless it was loaded with transformers' eager attention."""
+    eager = model.config.get_text_config()._attn_implementation == "eager"
+    with nullcontext() if eager else _attending(model, _GROUPED):
+        yield
+
+
+@contextmanager
+def causal_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Spare an SDPA model without windows the search for packed sequences, for whose result the host would wait."""
+    sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
+    with _attending(model, _CAUSAL) if sdpa and set(attention_kinds(model)) == {"full_attention"} else nullcontext():
+        yield
+
+
+@contextmanager
+def _attending(model: PreTrainedModel, name: str) -> Iterator[None]:
     config = model.config.get_text_config()
-    before = config._attn_implementation
-    if before != "eager":
-        config._attn_implementation = _NAME
+    before, config._attn_implementation = config._attn_implementation, name
     try:
         yield
     finally:

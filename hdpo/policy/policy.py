@@ -7,6 +7,7 @@ sequences into per-token numbers: log-probabilities of what was sampled, or of a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,14 @@ from hdpo.errors import ConfigError, first_line
 from hdpo.experience import Sequences
 from hdpo.files import resolve_path
 from hdpo.functional.logprobs import selected_logps, topk_logits
-from hdpo.policy.attention import MASKED_KINDS, PrefixCache, attention_kinds, attention_masks, grouped_attention
+from hdpo.policy.attention import (
+    MASKED_KINDS,
+    PrefixCache,
+    attention_kinds,
+    attention_masks,
+    causal_attention,
+    grouped_attention,
+)
 from hdpo.policy.lora import (
     LoRAConfig,
     add_adapter,
@@ -227,7 +235,8 @@ class Policy(nn.Module):
         if batch.prefixes is not None:
             return self._hidden_after_prefixes(batch)
         positions = batch.position_ids
-        hidden = self.backbone(input_ids=batch.input_ids, position_ids=positions, use_cache=False).last_hidden_state
+        with causal_attention(self.model) if positions is None else nullcontext():
+            hidden = self.backbone(input_ids=batch.input_ids, position_ids=positions, use_cache=False).last_hidden_state
         return cast(Tensor, hidden).flatten(0, 1).index_select(0, batch.positions)
 
     def _hidden_after_prefixes(self, batch: TokenBatch) -> Tensor:

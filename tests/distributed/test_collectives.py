@@ -178,7 +178,7 @@ def refresh(number):
         seed=5,
     )
     trainer = SimpleNamespace(
-        global_step=0, callbacks=[], precision_plugin=SimpleNamespace(forward_context=nullcontext)
+        datamodule=None, global_step=0, callbacks=[], precision_plugin=SimpleNamespace(forward_context=nullcontext)
     )
     for on_first in (True, False):
         batch = a_batch([0, 1] if number == 0 else [2, 3])
@@ -206,6 +206,7 @@ def records(number):
     ]
     written = []
     trainer = SimpleNamespace(
+        datamodule=None,
         global_step=4, state=SimpleNamespace(fn="fit"), log_dir="runs", is_global_zero=number == 0, world_size=2,
         global_rank=number, max_steps=9,
     )  # fmt: skip

@@ -284,9 +284,12 @@ def test_the_host_reads_once_an_update_and_once_a_step_however_many_micro_batche
     assert reads[1] == reads[10_000]
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared"])
-def test_a_forward_pass_reads_nothing_back(layout):
-    student = random_policy("qwen2", sliding_window=4, use_sliding_window=True, max_window_layers=1)
+WINDOW = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(("layout", "options"), [("padded", {}), ("shared", {}), ("shared", WINDOW)])
+def test_a_forward_pass_reads_nothing_back(layout, options):
+    student = random_policy("qwen2", **options)
     sequences = Sequences([[5, 6, 7]] * 2 + [[8]], random_ids((4, 2, 5)))
     with host_reads() as seen:
         student(TokenBatch.from_sequences(sequences, student.device, layout)).sum().backward()

@@ -8,8 +8,15 @@ from torch.nn.functional import softmax
 from transformers import DynamicCache
 
 from hdpo.policy import attention
-from hdpo.policy.attention import MASKED_KINDS, PrefixCache, attention_kinds, attention_masks, grouped_attention
-from tests.helpers.models import random_ids, random_model
+from hdpo.policy.attention import (
+    MASKED_KINDS,
+    PrefixCache,
+    attention_kinds,
+    attention_masks,
+    causal_attention,
+    grouped_attention,
+)
+from tests.helpers.models import random_ids, random_model, random_policy
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -129,3 +136,25 @@ def test_a_model_computes_the_same_in_the_block(options):
     # Qwen2's norms are computed in float32, two in each of two layers and one at the end.
     tolerance = 5 * math.sqrt(32) * torch.finfo(torch.float32).eps * plain.abs().max().item()
     torch.testing.assert_close(grouped, plain, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "used"),
+    [
+        ("qwen2", {}, "hdpo_causal_sdpa"),
+        ("gpt2", {}, "hdpo_causal_sdpa"),
+        ("qwen2", {"attn_implementation": "eager"}, "eager"),
+        ("mistral", {"sliding_window": 3}, "sdpa"),
+    ],
+)
+def test_causal_attention_without_masks_is_the_same(kind, options, used):
+    """Windows and eager attention need their masks; the others get the same bits without a search for them."""
+    policy, ids, seen = random_policy(kind, **options), torch.tensor(random_ids((9, 9, 9))), []
+    policy.backbone.register_forward_hook(lambda *_: seen.append(policy.model.config._attn_implementation))
+    with torch.no_grad():
+        expected = policy.backbone(input_ids=ids, use_cache=False).last_hidden_state
+        with causal_attention(policy.model):
+            found = policy.backbone(input_ids=ids, use_cache=False).last_hidden_state
+    assert torch.equal(found, expected)
+    assert seen[-1] == used
+    assert policy.model.config._attn_implementation == seen[0]
