@@ -191,7 +191,10 @@ def test_the_architectures_folder_is_named_by_its_content(monkeypatch, tmp_path)
     model.config._name_or_path = "checkpoints/from/elsewhere"
     assert config_folder(model, untie_embeddings=True) == first
     assert [p.name for p in first.iterdir()] == ["config.json"]
-    assert AutoConfig.from_pretrained(first).to_dict() == model.config.to_dict()
+    described = [AutoConfig.from_pretrained(first).to_dict(), model.config.to_dict()]
+    for entry in described:  # where it is from, and the class that is asked for
+        del entry["_name_or_path"], entry["architectures"]
+    assert described[0] == described[1]
     tied = build(tied=True).model
     assert config_folder(tied, untie_embeddings=True) == first
     kept = config_folder(tied, untie_embeddings=False)
