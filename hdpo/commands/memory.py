@@ -205,11 +205,12 @@ def _update(shape: Shape, config: Config, tokens: int) -> int:
     layer += (1 if recomputes else 2) * cast * shape.layer
     stream = w * shape.width * tokens
     kept = shape.num_layers * (stream if recomputes else layer)
-    # 1. The output layer's gradient, in float32; in 16 bits beside it the weight and a chunk's gradient, with another
-    # product's or with that chunk in float32.
+    # 1. The output layer's gradient, in float32; in 16 bits beside it the weight's cast and a chunk's gradient, with
+    # another product's or with that chunk in float32. The last norm keeps its input in float32.
     chunk = min(_CHUNKS["cuda"], tokens * shape.vocab_size)
-    beside = shape.head * c + max(shape.head * c, 4 * chunk) if c < 4 else 0
+    beside = shape.head * cast + max(shape.head * c, 4 * chunk) if c < 4 else 0
     output = kept + shape.head * max(4, c) + beside + chunk * c + 2 * stream
+    output += 4 * shape.width * tokens if w < 4 else 0
     # 2. The last layer. If the output layer is tied, its gradient waits for the embedding's.
     last = kept + (layer if recomputes else 0) + 2 * c * shape.feed_forward * tokens + stream
     # 3. The embedding's gradient, and its sum with the other one.

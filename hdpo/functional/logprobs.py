@@ -102,6 +102,7 @@ class _SelectedLogProbs(torch.autograd.Function):
                         grad_weight.addmm_(delta.t(), hidden[part])
                     else:
                         grad_weight += delta.t() @ hidden[part]
+                del delta  # or it would stay beside the next chunk's logits
         return (
             grad_hidden,
             grad_weight.to(weight.dtype) if grad_weight is not None else None,
