@@ -223,7 +223,7 @@ def check_state(module: Any, checkpoint: dict[str, Any]) -> int:
         key = "model.teacher" if name.startswith("teacher.") else "model.policy.path"
         raise ConfigError(
             f"{given} is of another model than {key} names: its {name} has the shape {saved.get(name, 'of nothing')}, "
-            f"and {wanted.get(name, 'none')} is wanted; resume with the config.yaml of its run, or start a new run from "
+            f"and {wanted.get(name, 'none')} is wanted; resume with config.yaml of its run, or start a new run from "
             "its exported policy"
         )
     if not all_finite(checkpoint.get("state_dict", {}).values()):

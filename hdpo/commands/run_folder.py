@@ -141,7 +141,7 @@ class RunFolder:
         return {p: p.stat().st_mtime_ns for part in parts for p in (part, *part.rglob("*")) if p.exists()}
 
     def withdraw(self) -> None:
-        """Leave the folder as it was found, where a mistake of the user's ends a run before it has produced anything."""
+        """Leave the folder as it was found, where a mistake of the user's ends a run that has produced nothing."""
         if self._lock is None or self._written() != self._products:
             return
         for path in list(self.path.iterdir()):
