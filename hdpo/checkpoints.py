@@ -216,25 +216,26 @@ def check_state(module: Any, checkpoint: dict[str, Any]) -> int:
     Raises:
         ConfigError: the message names the key, and the first weight or setting that differs.
     """
+    given = f"the checkpoint {module.trainer.ckpt_path}"
     saved = {name: tuple(value.shape) for name, value in checkpoint.get("state_dict", {}).items()}
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     for name in [n for n in {**wanted, **saved} if saved and wanted.get(n) != saved.get(n)][:1]:
         key = "model.teacher" if name.startswith("teacher.") else "model.policy.path"
         raise ConfigError(
-            f"the checkpoint is of another model than {key} names: its {name} has the shape "
-            f"{saved.get(name, 'of nothing')}, and {wanted.get(name, 'none')} is wanted; resume with the config.yaml "
-            "of its run, or start a new run from its exported policy"
+            f"{given} is of another model than {key} names: its {name} has the shape {saved.get(name, 'of nothing')}, "
+            f"and {wanted.get(name, 'none')} is wanted; resume with config.yaml of its run, or start a new run from "
+            "its exported policy"
         )
     if not all_finite(checkpoint.get("state_dict", {}).values()):
-        raise ConfigError("the checkpoint holds weights that are not finite: resume from the one before")
+        raise ConfigError(f"{given} holds weights that are not finite: resume from the one before")
     for state in checkpoint.get("optimizer_states", []) if module.trainer.state.fn == "fit" else ():
         groups = module.configure_optimizers()["optimizer"].state_dict()["param_groups"]
         for mine, theirs in zip(groups, state["param_groups"], strict=False):
-            for name in {*mine, *theirs} - _FREE:
+            for name in sorted({*mine, *theirs} - _FREE):
                 one, other = (list(v) if isinstance(v, tuple) else v for v in (mine.get(name), theirs.get(name)))
                 if one != other:
                     raise ConfigError(
-                        f"model.optimizer: the checkpoint's has {name} {other}, and not {one}: resume with the "
+                        f"model.optimizer: that of {given} has {name} {other}, and not {one}: resume with the "
                         "config.yaml of its run, or start a new run from its exported policy"
                     )
     return int(checkpoint.get("global_step", 0))

@@ -255,7 +255,7 @@ class Module(torch.nn.Module):
     def __init__(self, optimizer, fn="fit", average=False):
         super().__init__()
         self.policy, self.optimizer = torch.nn.Linear(2, 1), optimizer
-        self.trainer = SimpleNamespace(state=SimpleNamespace(fn=fn))
+        self.trainer = SimpleNamespace(state=SimpleNamespace(fn=fn), ckpt_path="x.ckpt")
         if average:
             self.teacher = torch.nn.Linear(2, 1)
 
@@ -293,10 +293,10 @@ def test_a_checkpoint_of_the_same_run_fits(tmp_path):
 @pytest.mark.parametrize(("mine", "theirs", "message"), [
     (Module(adamw()), Module(adamw(), average=True), r"than model.teacher names: its teacher.weight has the shape"),
     (Module(adamw(), average=True), Module(adamw()), r"its teacher.weight has the shape of nothing, and \(1, 2\) is"),
-    (Module(adamw()), Module(adamw(lr=0.2)), "model.optimizer: the checkpoint's has initial_lr 0.2, and not 0.1"),
+    (Module(adamw()), Module(adamw(lr=0.2)), r"that of the checkpoint x.ckpt has initial_lr 0.2, and not 0.1"),
     (Module(adamw(weight_decay=0.5)), Module(adamw()), "has weight_decay 0.01, and not 0.5"),
-    (Module(adamw()), Module(torch.optim.Adam), "model.optimizer: the checkpoint's has"),
-    (Module(adamw()), Module(lambda p: torch.optim.SGD(p, lr=0.1)), "model.optimizer: the checkpoint's has"),
+    (Module(adamw()), Module(torch.optim.Adam), r"that of the checkpoint x.ckpt has"),
+    (Module(adamw()), Module(lambda p: torch.optim.SGD(p, lr=0.1)), r"that of the checkpoint x.ckpt has"),
 ], ids=["average more", "average less", "lr", "decay", "Adam", "SGD"])  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused(mine, theirs, message):
     with pytest.raises(ConfigError, match=message):
@@ -309,7 +309,7 @@ def test_a_checkpoint_of_another_shape_or_with_bad_weights_is_refused():
     with pytest.raises(ConfigError, match=r"model.policy.path names: its policy.weight has the shape \(2, 2\)"):
         check_state(module, other)
     bad = content(module, state_dict={**module.state_dict(), "policy.bias": torch.tensor([float("inf")])})
-    with pytest.raises(ConfigError, match="holds weights that are not finite"):
+    with pytest.raises(ConfigError, match=r"the checkpoint x.ckpt holds weights that are not finite"):
         check_state(module, bad)
 
 

@@ -23,9 +23,9 @@ __all__ = ["RunFolder", "find_run", "is_finished", "mark_finished"]
 
 _FINISHED, _LOCK, _CONFIG = "finished", ".lock", "config.yaml"
 _VERSION = re.compile(r"version_(\d+)")
-#: What is written before a run begins, and what shows that it has begun.
+#: What is written before a run begins, and what it produces then.
 _OPENING = re.compile(r"config\.yaml|hparams\.yaml|events\.out\.tfevents\..*")
-_BEGUN = ("checkpoints", "evaluations", "tests", "predictions.jsonl", "samples.jsonl", "skipped")
+_PRODUCTS = ("checkpoints", "evaluations", "tests", "predictions.jsonl", "samples.jsonl", "skipped")
 #: Keys in which a run may differ from the one that it continues.
 _NOT_IDENTITY = ("ckpt_path", "resume", "weights_only", "config", "progress")
 _NOT_IDENTITY_TRAINER = ("devices", "num_nodes", "enable_progress_bar", "default_root_dir")
@@ -48,6 +48,7 @@ class RunFolder:
     _lock: FileLock | None = None
     _found: dict[str, bytes | None] = field(default_factory=dict)
     _curves: Path | None = None
+    _products: dict[Path, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trainer: Any) -> RunFolder:
@@ -122,6 +123,7 @@ class RunFolder:
         kept = (_CONFIG, _FINISHED)
         self._found = {p.name: p.read_bytes() if p.name in kept else None for p in self.path.iterdir()}
         (self.path / _FINISHED).unlink(missing_ok=True)
+        self._products = self._written()
         curves = self.path / "metrics.csv"
         if again and curves.is_file():  # Lightning's CSVLogger would delete it
             self._curves = curves.rename(self.path / f"metrics.{len(list(self.path.glob('metrics.*.csv')))}.csv")
@@ -133,13 +135,17 @@ class RunFolder:
             key = "trainer.default_root_dir" if self.settings is None else "trainer.logger.init_args.save_dir"
             raise ConfigError(f"{key}: cannot create the folder {path}: {error.strerror}") from error
 
+    def _written(self) -> dict[Path, int]:
+        """When each file of what a run produces was last written."""
+        parts = [self.path / name for name in _PRODUCTS]
+        return {p: p.stat().st_mtime_ns for part in parts for p in (part, *part.rglob("*")) if p.exists()}
+
     def withdraw(self) -> None:
-        """Leave the folder as it was found, where a mistake of the user's ends a run that has not begun."""
-        new = [p for p in self.path.iterdir() if p.name not in self._found] if self._lock else []
-        if self._lock is None or any(p.name in _BEGUN for p in new):
+        """Leave the folder as it was found, where a mistake of the user's ends a run that has produced nothing."""
+        if self._lock is None or self._written() != self._products:
             return
-        for path in new:
-            if _OPENING.fullmatch(path.name):
+        for path in list(self.path.iterdir()):
+            if path.name not in self._found and _OPENING.fullmatch(path.name):
                 path.unlink()
         for name, content in self._found.items():
             if content is not None:

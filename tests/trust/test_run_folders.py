@@ -223,11 +223,15 @@ def test_a_refused_command_leaves_a_finished_run_as_it_was(tmp_path):
     assert {p.name: p.read_text() for p in run.iterdir()} == before
 
 
-def test_a_run_that_has_begun_is_not_withdrawn(tmp_path):
-    folder = RunFolder(tmp_path, None, {})
-    folder.claim(again=False)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_has_begun_is_not_withdrawn(tmp_path, again):
+    if again:
+        (tmp_path / "mine/evaluations").mkdir(parents=True)
+    folder = RunFolder(tmp_path, "mine", {})
+    folder.claim(again=again)
     (folder.path / "config.yaml").touch()
-    (folder.path / "evaluations").mkdir()
+    (folder.path / "evaluations").mkdir(exist_ok=True)
+    (folder.path / "evaluations/step_000001.jsonl.gz").touch()
     folder.withdraw()
     folder.release()
     assert {p.name for p in folder.path.iterdir()} >= {"config.yaml", "evaluations"}
