@@ -24,7 +24,7 @@ def duration(seconds: float) -> str:
 
     Example:
         >>> [duration(s) for s in (0.314, 9.96, 75, 7_260, 200_000)]
-        ['0.31 s', '10 s', '1 min 15 s', '2 h 1 min', '2 d 7 h']
+        ['0.31 s', '10 s', '1 min 15 s', '2 h 1 min', '2 d 8 h']
     """
     if seconds < 59.5:
         return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"

@@ -203,7 +203,8 @@ def hanging(place, version):
     (pid,) = [
         int(path.name)
         for path in Path("/proc").iterdir()
-        if path.name.isdecimal() and version in (path / "cmdline").read_text().split("\0")
+        if path.name.isdecimal()
+        and {version, str(place.out)} <= set((path / "cmdline").read_text().split("\0"))
     ]
     return pid
 
