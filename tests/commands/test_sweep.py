@@ -204,7 +204,7 @@ def hanging(place, version):
         int(path.name)
         for path in Path("/proc").iterdir()
         if path.name.isdecimal()
-        and {version, str(place.out)} <= set((path / "cmdline").read_text().split("\0"))
+        and {version, str(place.out.parent)} <= set((path / "cmdline").read_text().split("\0"))
     ]
     return pid
 
