@@ -25,6 +25,7 @@ commands about runs:
   plan        --config FILE [--devices N --memory_gb 80]  what fits on which GPUs, and with which overlay
   sweep       --config FILE --arms A B --set KEY=V1,V2 --seeds 3 --jobs 2   runs in many variants; continues if repeated
   report      RUN [RUN ...] [--baseline SETTING --primary ENDPOINT ...]     settings with intervals and tests, figures
+  show        RUN [--cliffs] [--problem ID]               samples and verdicts in the terminal
   export      --config FILE --ckpt_path FILE --out DIR    a checkpoint as a Hugging Face model
 
 FILE may also be the name of a configuration that ships with hdpo: hdpo, lab, teacher/frozen, strategy/ddp, ...
@@ -38,7 +39,7 @@ examples:
 """
 
 _MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "hdpo.commands.run")
-_MODULES |= {name: f"hdpo.commands.{name}" for name in ("plan", "report", "sweep", "export")}
+_MODULES |= {name: f"hdpo.commands.{name}" for name in ("plan", "report", "sweep", "show", "export")}
 
 
 def main(args: Sequence[str] | None = None) -> int:

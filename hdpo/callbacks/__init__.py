@@ -5,6 +5,7 @@ from hdpo.callbacks.cliffs import CliffDetection
 from hdpo.callbacks.distillation import DistillationRefresh
 from hdpo.callbacks.evaluation import Evaluation
 from hdpo.callbacks.export import PolicyExport
+from hdpo.callbacks.progress import Progress
 from hdpo.callbacks.replay import CliffReplay
 from hdpo.callbacks.rollouts import RolloutGeneration
 from hdpo.callbacks.samples import PredictionWriter, SampleLogger
@@ -19,6 +20,7 @@ __all__ = [
     "LastCheckpoint",
     "PolicyExport",
     "PredictionWriter",
+    "Progress",
     "RolloutGeneration",
     "SampleLogger",
     "Station",

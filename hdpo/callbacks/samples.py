@@ -13,7 +13,7 @@ from hdpo.experience import Experience, Rollouts
 from hdpo.files import run_folder, write_text
 from hdpo.rewards.boxed import last_boxed
 
-__all__ = ["PredictionWriter", "SampleLogger"]
+__all__ = ["PredictionWriter", "SampleLogger", "visible"]
 
 
 class SampleLogger(Callback):
@@ -123,7 +123,7 @@ def _markdown(row: dict[str, Any]) -> str:
     Every text is an indented code block, in which Markdown has no special characters: no backtick, bar, tag or LaTeX
     that a policy writes can change what is around it.
     """
-    lines = [f"**{_visible(row['source'])}**, mean reward {row['reward']:.2f}; problem, and expected answer:"]
+    lines = [f"**{visible(row['source'])}**, mean reward {row['reward']:.2f}; problem, and expected answer:"]
     lines += ["", _block(row["problem"]), _block(row["reference"])]
     for title, completions in (("plain prompt", row["completions"]), ("privileged prompt", row["privileged"])):
         if completions:
@@ -140,14 +140,14 @@ def _markdown(row: dict[str, Any]) -> str:
 
 
 def _block(text: str) -> str:
-    return "\n".join(f"    {_visible(line)}" for line in text.split("\n"))
+    return "\n".join(f"    {visible(line)}" for line in text.split("\n"))
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     r"""Text whose control and formatting characters are spelled out.
 
     Example:
-        >>> print(_visible("2*3 \x1b[31m \u202e"))
+        >>> print(visible("2*3 \x1b[31m \u202e"))
         2*3 \x1b[31m \u202e
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

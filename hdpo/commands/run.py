@@ -22,6 +22,8 @@ from typing import Any, Literal, NoReturn, cast
 
 import yaml
 from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -35,6 +37,7 @@ from hdpo.callbacks import (
     LastCheckpoint,
     PolicyExport,
     PredictionWriter,
+    Progress,
     RolloutGeneration,
     SampleLogger,
 )
@@ -73,6 +76,7 @@ _MODEL_DEFAULTS = {
 """So that `--model.divergence.init_args.tail paper` needs no class."""
 
 _SECTIONS = {
+    "progress": Progress,
     "replay": CliffReplay,
     "samples": SampleLogger,
     "evaluation": Evaluation,
@@ -159,6 +163,13 @@ class HDPOCLI(LightningCLI):
             if missing := _cause(error, ModuleNotFoundError):
                 raise ConfigError(f"{first_line(missing)}: install it, or name another class") from error
             raise
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leave our progress bar out where the user has another, or wants none."""
+        others = [c for c in config.get("callbacks") or [] if isinstance(c, ProgressBar)]
+        if others or config.get("enable_progress_bar") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Progress)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning reads the whole checkpoint here, for hyper-parameters that ours does not hold."""

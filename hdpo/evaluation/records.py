@@ -27,6 +27,7 @@ __all__ = [
     "evaluation_files",
     "metric_values",
     "problem_groups",
+    "read_json_lines",
     "read_records",
     "recompute",
     "record_path",
@@ -154,11 +155,23 @@ def read_gzip(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     if not Path(path).is_file():
         raise ConfigError(f"{path}: there is no such file of evaluation records")
     try:
-        lines = gzip.decompress(Path(path).read_bytes()).decode("utf-8").split("\n")
+        text = gzip.decompress(Path(path).read_bytes()).decode("utf-8")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"{path}: not gzipped UTF-8 text, so not evaluation records ({error})") from None
+    rows = read_json_lines(path, text)
+    if not rows:
+        raise ConfigError(f"{path}: holds no evaluation records; evaluate again, or remove the file")
+    return rows
+
+
+def read_json_lines(path: str | Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    """Read JSON lines as (line number, object); the error names file and line.
+
+    Raises:
+        ConfigError: a line is not a JSON object.
+    """
     rows: list[tuple[int, dict[str, Any]]] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -167,8 +180,6 @@ def read_gzip(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise ConfigError(f"{path}, line {number}: not a JSON object")
             rows.append((number, row))
-    if not rows:
-        raise ConfigError(f"{path}: holds no evaluation records; evaluate again, or remove the file")
     return rows
 
 
