@@ -120,16 +120,14 @@ def show(
         rows = [row for _, row in read_json_lines(path, text[: text.rfind("\n") + 1])]
     elif problem is None:
         raise ConfigError(f"{path}: there is no such file; name a run's folder, in which samples were logged")
-    ids: set[str] = set()
-    if problem is not None:
-        lines, ids = _evaluated(folder, problem, num_completions)
-        yield from lines
-        ids.add(problem)
+    lines, ids = _evaluated(folder, problem, num_completions) if problem is not None else ([], set())
+    yield from lines
+    ids |= {str(problem)}
     kept = [row for row in rows if (row["is_cliff"] or not cliffs) and (problem is None or _id(row["problem"]) in ids)]
     if step is None and problem is None:
         step = max((row["step"] for row in kept), default=None)
     kept = [row for row in kept if step is None or row["step"] == step]
-    if not kept and len(ids) < 2:
+    if not kept and not lines:
         what = f"no problem {problem}" if problem is not None else "no cliff" if cliffs else "no sample"
         steps = sorted({row["step"] for row in rows})
         known = f"; there are samples of steps {', '.join(map(str, steps))}" if steps else ""

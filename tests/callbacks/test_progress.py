@@ -141,11 +141,11 @@ def test_a_real_run_says_what_it_measured(tmp_path, capsys):
     ],
 )
 def test_the_command_line_brings_it_unless_there_is_another(tmp_path, monkeypatch, settings, present):
-    from lightning.pytorch import Trainer
+    from hdpo.commands.run import HDPOCLI
 
     monkeypatch.chdir(tmp_path)
     found = []
-    monkeypatch.setattr(Trainer, "fit", lambda self, *args, **kwargs: found.extend(self.callbacks))
+    monkeypatch.setattr(HDPOCLI, "_run_subcommand", lambda self, name: found.extend(self.trainer.callbacks))
     options = [
         "--progress.every_n_steps=7",
         "--progress.every_n_seconds=8",
