@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         Station,
     )
     from hdpo.cli import main
-    from hdpo.data import ColumnMapping, OpenMathDataModule, PromptConfig, Selection, SourceConfig
+    from hdpo.data import ColumnMapping, EvaluationSource, OpenMathDataModule, PromptConfig, Selection, SourceConfig
     from hdpo.errors import ConfigError
     from hdpo.experience import Experience
     from hdpo.generation import GenerationEngine, TransformersEngine, VLLMEngine
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     )
     from hdpo.module import HDPOModule
     from hdpo.optim import LinearWarmup
-    from hdpo.policy import Policy, PolicyConfig, load_tokenizer
-    from hdpo.rewards import Grade, MathVerifier, Outcome, Verifier
+    from hdpo.policy import LoRAConfig, Policy, PolicyConfig, load_tokenizer
+    from hdpo.rewards import FunctionVerifier, Grade, MathVerifier, Outcome, Verifier
     from hdpo.teacher import DriftingTeacher, EMATeacher, FrozenTeacher, Teacher
 
 __version__ = "0.1.0"
@@ -55,15 +55,18 @@ __all__ = [
     "DriftingTeacher",
     "EMATeacher",
     "Evaluation",
+    "EvaluationSource",
     "Experience",
     "ForwardKL",
     "FrozenTeacher",
+    "FunctionVerifier",
     "GeneralizedJSD",
     "GenerationEngine",
     "Grade",
     "HDPOModule",
     "LastCheckpoint",
     "LinearWarmup",
+    "LoRAConfig",
     "MathVerifier",
     "OpenMathDataModule",
     "Outcome",

@@ -28,6 +28,7 @@ from hdpo.losses.update import update_policy
 from hdpo.measurements import timed
 from hdpo.optim import LinearWarmup, paper_adamw
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
+from hdpo.policy.lora import is_adapter
 from hdpo.rewards import MathVerifier, Verifier
 from hdpo.teacher import DriftingTeacher, FrozenTeacher, Teacher
 from hdpo.trainer import check_trainer, end_properly
@@ -179,14 +180,16 @@ class HDPOModule(LightningModule):
                 f"{len(self.tokenizer)}: take the tokenizer that the policy was trained with, or resize its embeddings"
             )
         mesh = self.device_mesh
+        if mesh is not None and policy.has_adapter:
+            raise ConfigError("model.policy.lora cannot be sharded: use --config strategy/ddp, or train all weights")
         if mesh is not None:
             shard_policy(policy, mesh["data_parallel"])
         return policy
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Build optimizer and scheduler over the policy's parameters alone."""
+        """Build optimizer and scheduler over the policy's trained parameters alone."""
         try:
-            optimizer = self.optimizer_factory(self.student.parameters())
+            optimizer = self.optimizer_factory([p for p in self.student.parameters() if p.requires_grad])
         except ValueError as error:  # torch's word on a value out of range
             raise ConfigError(f"model.optimizer: {first_line(error)}") from error
         for key, value in optimizer.defaults.items():
@@ -213,6 +216,19 @@ class HDPOModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember which step the weights are from: outside ``fit`` the trainer does not count steps."""
         self.loaded_step = int(checkpoint.get("global_step", 0))
+        if self.policy is not None and self.policy.has_adapter:
+            checkpoint["state_dict"] = self._frozen_weights() | checkpoint["state_dict"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out the weights that are not trained where there is an adapter: the initial policy has them."""
+        if self.policy is not None and self.policy.has_adapter:
+            frozen = self._frozen_weights()
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+
+    def _frozen_weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint with an adapter does not hold: the policies' weights and buffers but the adapters'."""
+        prefixes = ("policy.", "teacher.")
+        return {k: v for k, v in self.state_dict().items() if k.startswith(prefixes) and not is_adapter(k)}
 
     # ------------------------------------------------------------------ the step
 

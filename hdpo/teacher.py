@@ -20,6 +20,7 @@ from hdpo.distributed import reshard
 from hdpo.errors import ConfigError
 from hdpo.experience import Sequences
 from hdpo.policy import Policy, TokenBatch
+from hdpo.policy.without_adapter import WithoutAdapter
 
 __all__ = ["DriftingTeacher", "EMATeacher", "FrozenTeacher", "Teacher", "teacher_topk"]
 
@@ -52,7 +53,10 @@ class DriftingTeacher(Teacher):
 
 
 class FrozenTeacher(Teacher):
-    """The weights at the start of training, loaded from the initial policy; checkpoints do not hold them."""
+    """The weights at the start of training, loaded from the initial policy; checkpoints do not hold them.
+
+    A policy with an adapter is its own initial policy with the adapter off.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +66,8 @@ class FrozenTeacher(Teacher):
     def prepare(self, student: Policy, load: Callable[[], Policy]) -> None:
         """Load the initial policy once."""
         if not self._holder:
-            self._holder = (load().requires_grad_(False).eval(),)
+            shared = student.has_adapter
+            self._holder = (WithoutAdapter(student) if shared else load().requires_grad_(False).eval(),)
 
     def policy(self, student: Policy) -> Policy:
         """Return the frozen policy, on the student's device."""

@@ -13,6 +13,7 @@ from hdpo.checkpoints import all_finite, read_header
 from hdpo.errors import ConfigError
 from hdpo.files import find_config
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
+from hdpo.policy.lora import LoRAConfig, is_adapter
 
 __all__ = ["export_checkpoint", "main"]
 
@@ -43,6 +44,8 @@ def export_checkpoint(config: PolicyConfig, checkpoint: str | Path, out: str | P
     """
     weights = _checkpoint_weights(Path(checkpoint))
     policy = Policy.load(config)
+    if policy.has_adapter:  # the checkpoint holds nothing else
+        weights = {k: v for k, v in policy.state_dict().items() if not is_adapter(k)} | weights
     try:
         policy.load_state_dict(weights)
     except RuntimeError as error:
@@ -66,6 +69,8 @@ def main(args: Sequence[str]) -> int:
     for file in options.config:
         content = yaml.safe_load(Path(find_config(file)).read_text(encoding="utf-8")) or {}
         settings.update((content.get("model") or {}).get("policy") or {})
+    if settings.get("lora"):
+        settings["lora"] = LoRAConfig(**settings["lora"])
     if "path" not in settings:
         raise ConfigError(f"--config: model.policy.path is in none of {', '.join(options.config)}")
     export_checkpoint(PolicyConfig(**settings), options.ckpt_path, options.out)

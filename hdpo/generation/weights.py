@@ -33,7 +33,7 @@ def weights_fingerprint(policy: Policy) -> tuple[int, ...]:
         1
     """
     sums = []
-    for parameter in policy.model.parameters():
+    for parameter in policy.own_parameters():
         to_local = getattr(parameter, "to_local", None)  # a DTensor under FSDP2
         values = (parameter if to_local is None else to_local()).detach().contiguous().flatten()
         parts = values.view(_INTEGERS[values.element_size()]).split(_FINGERPRINT_ELEMENTS)
@@ -45,7 +45,7 @@ def weights_fingerprint(policy: Policy) -> tuple[int, ...]:
 def named_weights(
     policy: Policy, dtype: torch.dtype, *, untie_embeddings: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stream the policy's weights under their checkpoint names, one unsharded tensor at a time.
+    """Stream the policy's weights under their checkpoint names, one unsharded tensor at a time; an adapter is merged.
 
     Args:
         policy: whose weights; under FSDP2 this is a collective, to be exhausted on all ranks.
@@ -56,7 +56,7 @@ def named_weights(
         Name and tensor, on the policy's device; without sharding and cast it shares the policy's memory.
     """
     seen = set()
-    for name, parameter in policy.model.named_parameters():
+    for name, parameter in policy.named_weights():
         seen.add(name)
         full_tensor = getattr(parameter, "full_tensor", None)
         yield name, (parameter if full_tensor is None else full_tensor()).detach().to(dtype)
@@ -71,6 +71,6 @@ def named_weights(
 @torch.no_grad()
 def weight_rows(policy: Policy, name: str, num_rows: int) -> Tensor:
     """Return the first rows of one of the policy's parameters; under FSDP2 a collective."""
-    parameter = policy.model.get_parameter(name).detach()
+    parameter = policy.weight(name)
     full_tensor = getattr(parameter, "full_tensor", None)
     return (parameter if full_tensor is None else full_tensor())[:num_rows]

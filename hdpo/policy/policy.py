@@ -6,6 +6,7 @@ sequences into per-token numbers: log-probabilities of what was sampled, or of a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,14 @@ from hdpo.experience import Sequences
 from hdpo.files import resolve_path
 from hdpo.functional.logprobs import CHUNK_ELEMENTS, selected_logps, topk_logits
 from hdpo.policy.attention import MASKED_KINDS, PrefixCache, attention_kinds, attention_masks, grouped_attention
+from hdpo.policy.lora import (
+    LoRAConfig,
+    add_adapter,
+    is_adapter,
+    merged_weight,
+    merged_weights,
+    save_adapter,
+)
 from hdpo.policy.packing import Packing, TokenBatch, pack
 
 if TYPE_CHECKING:
@@ -40,6 +49,8 @@ class PolicyConfig:
         attn_implementation: attention of transformers: ``sdpa``, ``flash_attention_2``, ``eager``.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more compute.
         trust_remote_code: allow model code from the hub.
+        lora: train low-rank matrices in place of the weights (see :class:`~hdpo.policy.lora.LoRAConfig`); null for all
+            weights.
     """
 
     path: str
@@ -48,6 +59,7 @@ class PolicyConfig:
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    lora: LoRAConfig | None = None
 
 
 def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
@@ -136,6 +148,8 @@ class Policy(nn.Module):
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.config.use_cache = False
+        if config.lora is not None:
+            add_adapter(model, config.lora)
         return cls(model)
 
     @property
@@ -152,6 +166,23 @@ class Policy(nn.Module):
     def backbone(self) -> nn.Module:
         """The model without its output layer."""
         return self.model.base_model
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether low-rank matrices are trained in place of the weights."""
+        return any(is_adapter(name) for name, _ in self.model.named_parameters())
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights that the policy computes with, under their checkpoint names; an adapter is merged into them."""
+        return merged_weights(self.model)
+
+    def weight(self, name: str) -> Tensor:
+        """One of :meth:`named_weights`."""
+        return merged_weight(self.model, name)
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """All that the computation depends on."""
+        return self.model.parameters()
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -279,11 +310,16 @@ class Policy(nn.Module):
     ) -> None:
         """Write the policy (and its tokenizer) in the Hugging Face format.
 
+        An adapter is merged into the weights, and written on its own to ``adapter``, in peft's format.
+
         Args:
             folder: where to.
             tokenizer: written beside the weights if given.
             state_dict: the model's unsharded weights, where it is sharded itself.
         """
+        if self.has_adapter:
+            state_dict = dict(self.named_weights())
+            save_adapter(self.model, Path(folder) / "adapter")
         self.model.config.use_cache = True
         try:
             self.model.save_pretrained(folder, state_dict=state_dict)

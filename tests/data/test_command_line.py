@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 import yaml
 
 from hdpo.cli import main
+from hdpo.files import resolve_path
 
 GSM8K = [
     {
@@ -131,6 +133,7 @@ def test_null_is_still_null(workplace, capsys):
 
 VERIFIER = '''
 import json
+import shutil
 from hdpo.rewards import Grade, Outcome, Verifier
 
 class Unit(Verifier):
@@ -175,3 +178,26 @@ def test_a_verifier_of_the_users_own_gets_columns_by_yaml_alone(workplace, monke
     assert set(graded) <= {"meter", "foot"}
     assert graded
     assert "parsec" in {unit["name"] for what, _, _, unit in asked if what == "usable"}
+
+
+def test_a_base_model_gets_its_template_by_name_or_file(workplace, capsys):
+    base = workplace / "base"
+    shutil.copytree(resolve_path("pkg://hdpo.lab/policy"), base)
+    (base / "chat_template.jinja").unlink()
+    (workplace / "mine.jinja").write_text("Q:{% for m in messages %} {{ m['content'] }}{% endfor %}{{ '\nA:' }}")
+    (workplace / "gsm8k.yaml").write_text(MAPPING.format(path="gsm8k.jsonl"))
+    run = options(RUN | {"model.policy.path": "base", "trainer.logger": "false", "samples.every_n_steps": 1})
+    run += ["--config", "gsm8k.yaml", "--data.selection.num_val_problems=0", "--export.enabled=false"]
+    assert main(["fit", *run]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "has no chat template" in error
+    assert "data.prompts.chat_template" in error
+    prompts = []
+    for template in ("mine.jinja", "r1_zero"):
+        assert main(["fit", *run, f"--data.prompts.chat_template={template}"]) == 0
+        prompts.append(json.loads((workplace / "samples.jsonl").read_text().splitlines()[-1])["prompt"])
+        (workplace / "samples.jsonl").unlink()
+        shutil.rmtree(workplace / "checkpoints")
+        (workplace / "config.yaml").unlink()
+    assert prompts[0].endswith("A:")
+    assert prompts[1].endswith("<think>")
