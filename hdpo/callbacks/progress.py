@@ -122,7 +122,7 @@ class Progress(ProgressBar):
     def _print_line(self, text: str) -> None:
         self._told = time.monotonic()
         if self._bars is not None:
-            self._bars.console.print(text, markup=False)  # above the bars
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)  # above the bars
         elif self._enabled:
             print(text, file=sys.stderr, flush=True)
 

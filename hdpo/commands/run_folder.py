@@ -24,7 +24,7 @@ __all__ = ["RunFolder", "find_run", "is_finished", "mark_finished"]
 _FINISHED, _LOCK, _CONFIG = "finished", ".lock", "config.yaml"
 _VERSION = re.compile(r"version_(\d+)")
 #: Keys in which a run may differ from the one that it continues.
-_NOT_IDENTITY = ("ckpt_path", "resume", "weights_only", "config")
+_NOT_IDENTITY = ("ckpt_path", "resume", "weights_only", "config", "progress")
 _NOT_IDENTITY_TRAINER = ("devices", "num_nodes", "enable_progress_bar", "default_root_dir")
 
 

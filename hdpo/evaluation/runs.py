@@ -31,7 +31,7 @@ _ASIDE = (
     *("seed_everything", "model.seed", "data.seed", "ckpt_path", "resume", "data.cache_dir"),
     *("trainer.logger", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
     *("trainer.log_every_n_steps", "trainer.enable_checkpointing"),
-    *("samples", "checkpoint", "best_checkpoint", "export", "predictions", "evaluation"),
+    *("samples", "progress", "checkpoint", "best_checkpoint", "export", "predictions", "evaluation"),
 )
 _WITHOUT_DISTILLATION = ("distillation", "model.teacher", "model.divergence")
 """Sections without influence where nothing is distilled."""

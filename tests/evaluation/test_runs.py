@@ -97,6 +97,7 @@ def test_a_class_by_another_path_is_the_same(tmp_path):
 def test_output_does_not_make_a_setting(tmp_path):
     run(tmp_path / "a", weight=1.0)
     output = {"checkpoint": {"every_n_steps": 9}, "best_checkpoint": {"monitor": None}, "ckpt_path": "x"}
+    output |= {"progress": {"every_n_steps": 3}}
     shown = {"trainer__log_every_n_steps": 3, "trainer__enable_progress_bar": False}
     run(tmp_path / "b", weight=1.0, seed=7, **output, **shown)
     assert set(labels(tmp_path).values()) == {"weight 1"}

@@ -48,7 +48,7 @@ def test_resume_auto_continues_the_newest_run_of_this_configuration(workplace, c
     with (run / "samples.jsonl").open("a") as file:
         file.write('{"step": 2, "half a l')
     capsys.readouterr()
-    assert fit("--trainer.max_steps=3", "--resume=auto") == 0
+    assert fit("--trainer.max_steps=3", "--progress.every_n_steps=7", "--resume=auto") == 0
     printed = "".join(capsys.readouterr())
     assert "last-000003.ckpt is not a checkpoint, or it is cut off or broken" in printed
     assert "version_0 from last-000002.ckpt" in printed
