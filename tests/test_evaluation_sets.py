@@ -12,6 +12,7 @@ import yaml
 from hdpo.cli import main
 from hdpo.commands.overlays import join_evaluation_sets
 from hdpo.errors import ConfigError
+from hdpo.evaluation.comparison import build_report
 from hdpo.evaluation.outcomes import Endpoint, OutcomeTable
 from hdpo.evaluation.runs import find_runs
 from hdpo.evaluation.scores import group_ks
@@ -113,6 +114,9 @@ def test_the_recipes_side_by_side_without_a_training_set(workplace, capsys):
         endpoint = Endpoint.parse(f"pass@1:{sources}" if sources else "pass@1")
         assert table.problems(found, [0], endpoint).shape == (1, expected)
         assert len(table.sources(found, 0, endpoint)) == expected
+    (setting,) = build_report([found])["settings"]
+    assert set(setting["by_source"]) == set(groups) - {"all"}
+    assert setting["by_source"]["aime24"]["pass@1"]["value"] == pytest.approx(scores["aime24"]["pass@1"]["value"])
 
 
 def test_the_trainers_metrics_are_those_of_the_records(tmp_path):

@@ -64,7 +64,7 @@ def _setting_entry(
     """All numbers of one setting."""
     runs, steps = setting.runs, table.steps(setting.runs)
     last = steps[-question.last :]
-    sources = sorted(set(table.of(runs[0])[steps[0]].sources))
+    sources = list(table.of(runs[0])[steps[0]].groups())
     whole = [e for e in endpoints if not e.sources]
     spent = [run.spent(table.split, steps[-1]) for run in runs]
     entry: dict[str, Any] = {
@@ -212,7 +212,7 @@ def _against(
         return {"policies": _policies(base, other, endpoints, table, steps[-1])}
     whole = [e.metric for e in endpoints if not e.sources]
     by_source = []
-    for source in sorted(set(table.of(base.runs[0])[steps[0]].sources)):
+    for source in table.of(base.runs[0])[steps[0]].groups():
         for metric in (whole[0], whole[-1]):
             row = _compared(base, other, Endpoint(metric, (source,)), steps, table, tests=False)
             kept = ("setting", "endpoint", "steps", "baseline", "with", "value", "low", "high", "num_runs")
