@@ -75,8 +75,8 @@ def add_adapter(model: Any, config: LoRAConfig) -> None:
             inject_adapter_in_model(prepared, model, adapter_name=_ADAPTER)
         except ValueError as error:
             raise ConfigError(f"model.policy.lora.target_modules: {first_line(error)}") from error
-    names = [name for name, _ in model.named_parameters() if is_adapter(name)]
-    outside = [name for name in names if not name.startswith(model.base_model_prefix) or "embed" in name]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    outside = [name for name in names if not name.startswith(model.base_model_prefix) or not is_adapter(name)]
     if outside:
         raise ConfigError(
             f"model.policy.lora.target_modules must not name embeddings or the output layer, but {outside[0]} is one"

@@ -26,7 +26,7 @@ CONFIG = LoRAConfig(r=3, alpha=12.0, target_modules=["q_proj", "up_proj"])
 
 
 def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=3.0)
+    return torch.optim.SGD(parameters, lr=0.3)
 
 
 def policy_config(**options):
