@@ -6,7 +6,7 @@ weights with the adapter off: there is no second copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from hdpo.errors import ConfigError, check_at_least, check_positive, first_line
 
-__all__ = ["LoRAConfig", "adapter_off", "add_adapter", "is_adapter", "merged_weight", "merged_weights", "save_adapter"]
+__all__ = [
+    "LoRAConfig",
+    "adapter_layers",
+    "adapter_off",
+    "add_adapter",
+    "is_adapter",
+    "merged_weight",
+    "merged_weights",
+    "save_adapter",
+]
 
 _SEED = 0
 """Of the first matrices, so that all ranks and a resumed run begin with the same; the second ones begin at 0."""
@@ -88,10 +97,14 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """The layers of a model that have an adapter."""
+    return [module for module in model.modules() if hasattr(module, "base_layer")]
+
+
 @contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Let a model compute as it did before it had an adapter."""
-    layers = [cast(Any, module) for name, module in model.named_modules() if hasattr(module, "base_layer")]
+def adapter_off(layers: Sequence[Any]) -> Iterator[None]:
+    """Let all :func:`adapter_layers` of a model compute as they did before they had an adapter."""
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hdpo.policy.lora import adapter_off, is_adapter, merged_weight, merged_weights
+from hdpo.policy.lora import adapter_layers, adapter_off, is_adapter, merged_weight, merged_weights
 from hdpo.policy.policy import Policy
 
 __all__ = ["WithoutAdapter"]
@@ -24,13 +24,14 @@ class WithoutAdapter(Policy):
         nn.Module.__init__(self)
         self.model = policy.model
         self.chunk_elements = policy.chunk_elements
+        self._layers = adapter_layers(policy.model)
 
     @property
     def backbone(self) -> Any:
         """The model without its output layer, which has no adapter."""
 
         def read(**inputs: Any) -> Any:
-            with adapter_off(self.model):
+            with adapter_off(self._layers):
                 return self.model.base_model(**inputs)
 
         return read

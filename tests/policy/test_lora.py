@@ -14,7 +14,7 @@ from hdpo.errors import ConfigError
 from hdpo.files import resolve_path
 from hdpo.generation.weights import named_weights, weight_rows, weights_fingerprint
 from hdpo.policy import Policy, PolicyConfig
-from hdpo.policy.lora import LoRAConfig, adapter_off, is_adapter
+from hdpo.policy.lora import LoRAConfig, adapter_layers, adapter_off, is_adapter
 from hdpo.policy.without_adapter import WithoutAdapter
 from tests.helpers import toy
 from tests.helpers.record import Recorder, StepTape
@@ -149,7 +149,7 @@ def test_the_initial_policy_is_the_same_weights_with_the_adapter_off(policy):
     base = AutoModelForCausalLM.from_pretrained(LAB, dtype=torch.float64)
     ids = torch.tensor([[5, 9, 11, 4]])
     assert (logits(policy.model, ids) - logits(base, ids)).abs().max() > 0.01
-    with adapter_off(policy.model):
+    with adapter_off(adapter_layers(policy.model)):
         torch.testing.assert_close(logits(policy.model, ids), logits(base, ids), rtol=0, atol=0)
     assert all(p.requires_grad == is_adapter(name) for name, p in policy.model.named_parameters()), "as before"
     initial = WithoutAdapter(policy)
