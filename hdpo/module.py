@@ -181,7 +181,9 @@ class HDPOModule(LightningModule):
             )
         mesh = self.device_mesh
         if mesh is not None and policy.has_adapter:
-            raise ConfigError("model.policy.lora cannot be sharded: use --config strategy/ddp, or train all weights")
+            raise ConfigError(
+                "model.policy.lora cannot be sharded by FSDP2: take --config strategy/ddp, or set it to null"
+            )
         if mesh is not None:
             shard_policy(policy, mesh["data_parallel"])
         return policy

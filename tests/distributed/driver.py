@@ -21,7 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from hdpo.callbacks import LastCheckpoint, Station
 from hdpo.distributed import full_state_dict
 from hdpo.errors import StopRequested
-from hdpo.policy import PolicyConfig, packing
+from hdpo.policy import LoRAConfig, PolicyConfig, packing
 from tests.helpers import toy
 
 PROMPTS_PER_STEP = 6
@@ -192,7 +192,8 @@ def strategy(name: str, world: int) -> Any:
 def run(scenario: dict[str, Any], name: str, out: Path, rank: int, world: int) -> None:
     """Fit once and write ``<scenario>.rank<r>.pt``."""
     options = dict(scenario.get("module", {}))
-    options["policy"] = PolicyConfig("pkg://hdpo.lab/policy", dtype=scenario.get("dtype", "float32"))
+    lora = LoRAConfig(**scenario["lora"]) if "lora" in scenario else None
+    options["policy"] = PolicyConfig("pkg://hdpo.lab/policy", dtype=scenario.get("dtype", "float32"), lora=lora)
     if scenario.get("adamw"):
         options["optimizer"] = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
     tape = Tape()

@@ -1,6 +1,7 @@
 """LoRA: a step against the dense reference, one set of weights, and what is saved. Needs peft."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from hdpo.generation.weights import named_weights, weight_rows, weights_fingerpr
 from hdpo.policy import Policy, PolicyConfig
 from hdpo.policy.lora import LoRAConfig, adapter_layers, adapter_off, is_adapter
 from hdpo.policy.without_adapter import WithoutAdapter
+from tests.distributed.driver import KEEP_ALL
+from tests.distributed.launch import results, run_scenarios
 from tests.helpers import toy
 from tests.helpers.record import Recorder, StepTape
 from tests.helpers.reference import Options, Reference
+from tests.helpers.tolerances import F32
 
 peft = pytest.importorskip("peft")
 LAB = resolve_path("pkg://hdpo.lab/policy")
@@ -250,3 +254,22 @@ def test_all_linear_layers_but_the_output_layer():
     policy = Policy.load(PolicyConfig("pkg://hdpo.lab/policy", lora=LoRAConfig(r=2)))
     layers = {name.split(".lora_")[0].rpartition(".")[2] for name, p in policy.named_parameters() if p.requires_grad}
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_train_the_same_adapter(tmp_path):
+    scenario = {
+        "name": "lora", "folder": "lora", "steps": 4, "dtype": "float64", "distillation": KEEP_ALL,
+        "module": {"teacher": "frozen", "kl_coef": 0.1}, "lora": {"r": 2, "alpha": 8.0},
+    }  # fmt: skip
+    found = []
+    for strategy, world in (("auto", 1), ("ddp", 2)):
+        run_scenarios(tmp_path / strategy, strategy, world, [scenario], timeout=240)
+        found.append(
+            [flat(step["weights"].values()) for step in results(tmp_path / strategy, "lora", world)[0]["steps"]]
+        )
+    way = sum(float((b - a).norm()) for a, b in pairwise(found[0]))
+    assert way > 1e-3
+    for alone, together in zip(*found, strict=True):
+        assert float((alone - together).norm()) <= F32 * way
