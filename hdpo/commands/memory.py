@@ -182,9 +182,13 @@ def is_sharded(config: Config) -> bool:
 def _forward(shape: Shape, config: Config, tokens: int) -> int:
     """Without gradient: the three products of a feed-forward network and four hidden states, or a chunk of logits."""
     w, c, cast = _bytes(config)
-    layer = (3 * c * shape.feed_forward + 4 * w * shape.width) * tokens
     chunk = min(_CHUNKS["cuda"], tokens * shape.vocab_size) * (max(w, 4) + (c if c < 4 else 0))
-    return max(layer, shape.head * cast + chunk)
+    return max(_layer(shape, config, tokens), shape.head * cast + chunk)
+
+
+def _layer(shape: Shape, config: Config, tokens: int) -> int:
+    w, c, _ = _bytes(config)
+    return (3 * c * shape.feed_forward + 4 * w * shape.width) * tokens
 
 
 def _update(shape: Shape, config: Config, tokens: int) -> int:
@@ -222,7 +226,7 @@ def _decoding(shape: Shape, config: Config, sampling: _Sampling) -> int:
     cache, growing = 2 * shape.num_layers * shape.key * c, slots * shape.key * c
     # A block of logits is held in float32, as log-probabilities, and as a distribution in float64.
     block = 16 * min(_SAMPLE_ELEMENTS["cuda"], wave * samples * shape.vocab_size)
-    return weights + max(slots * cache + max(growing, block), read * cache + _forward(shape, config, read))
+    return weights + max(slots * cache + max(growing, block), read * cache + _layer(shape, config, read))
 
 
 def memory(shape: Shape, config: Config, devices: int, gpu_bytes: int) -> dict[str, int]:

@@ -112,7 +112,7 @@ def test_attention_is_as_it_was_after_the_block_whatever_happens_in_it(kind):
 
     with pytest.raises(KeyError):
         fail()
-    assert inside == [attention._NAME if kind == "sdpa" else "eager"]
+    assert inside == [attention._GROUPED if kind == "sdpa" else "eager"]
     assert model.config._attn_implementation == kind
 
 
