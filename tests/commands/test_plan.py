@@ -48,10 +48,13 @@ FROZEN, EMA = ("--config", "teacher/frozen"), ("--config", "teacher/ema")
         ((*FROZEN, *KL, "--distillation.sampled_by", "initial"), dict.fromkeys(PHASES, WEIGHTS)),
         (("--distillation.sampled_by", "initial", "--model.update.log_gradient_norms", "true"),
          dict.fromkeys(PHASES, WEIGHTS) | {"update": 2 * WEIGHTS}),
-        ((*EMA, *KL, "--model.optimizer.fused", "true"), dict.fromkeys(PHASES, 2 * WEIGHTS)),  # fused anyway
+        # On a GPU the optimizer is fused unless it is told otherwise.
+        ((*EMA, *KL, "--model.optimizer.foreach", "true"),
+         dict.fromkeys(PHASES, 2 * WEIGHTS) | {"optimizer": 3 * WEIGHTS}),
         (("--model.optimizer.amsgrad", "true"), dict.fromkeys(PHASES, WEIGHTS)),
         ((*SGD, "--model.optimizer.momentum", "0.9"), dict.fromkeys(PHASES, -WEIGHTS)),
-        ((*SGD, "--model.optimizer.foreach", "true"),
+        ((*SGD, "--model.optimizer.foreach", "false"), dict.fromkeys(PHASES, -2 * WEIGHTS)),
+        ((*SGD, "--model.optimizer.fused", "false"),
          dict.fromkeys(PHASES, -2 * WEIGHTS) | {"optimizer": -WEIGHTS}),
     ],
 )  # fmt: skip
