@@ -203,8 +203,7 @@ def hanging(place, version):
     (pid,) = [
         int(path.name)
         for path in Path("/proc").iterdir()
-        if path.name.isdecimal()
-        and {version, str(place.out.parent)} <= set((path / "cmdline").read_text().split("\0"))
+        if path.name.isdecimal() and {version, str(place.out.parent)} <= set((path / "cmdline").read_text().split("\0"))
     ]
     return pid
 

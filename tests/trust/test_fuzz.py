@@ -84,7 +84,7 @@ def only_fit(monkeypatch):
 def test_damaged_yaml_through_the_program(tmp_path, only_fit, capsys):
     """Whatever stands in a file, the program prints the configuration or says in one line what is wrong."""
     numbers, statuses = random.Random(1), []
-    for _ in range(60):
+    for _ in range(30):
         (tmp_path / "damaged.yaml").write_bytes(damaged(LAB, numbers))
         capsys.readouterr()
         try:
@@ -97,7 +97,7 @@ def test_damaged_yaml_through_the_program(tmp_path, only_fit, capsys):
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(base=st.sampled_from(["lab", "hdpo"]), chosen=st.lists(st.sampled_from(OVERLAYS), min_size=1, max_size=3))
 def test_of_any_overlays_the_last_word_stands_and_saying_it_twice_changes_nothing(only_fit, base, chosen):
     def read(*names):
