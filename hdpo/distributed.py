@@ -6,7 +6,7 @@ All functions work without a process group too (they are then the identity), so 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -124,7 +124,8 @@ def reshard(policy: torch.nn.Module) -> bool:
     # It also keeps a note of every forward pass (in decoding: every token) until the next backward pass. Versions of
     # torch before 2.13 cannot be told to drop them; they take memory, and no more.
     if units and (reset := getattr(policy, "reset_iter_state", None)) is not None:
-        reset()
+        with suppress(AttributeError):  # before the first forward pass FSDP2 has no state, and nothing to forget
+            reset()
     return bool(units)
 
 
