@@ -184,7 +184,12 @@ def policy_path(name: str, folder: Path) -> str:
         return LAB
     target = folder / name
     if not target.exists():
+        from transformers import AutoTokenizer
+
+        from hdpo.files import resolve_path
+
         random_model(name).save_pretrained(target)
+        AutoTokenizer.from_pretrained(resolve_path(LAB)).save_pretrained(target)  # nothing reads what it writes
     return str(target)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
+from hdpo.errors import ConfigError
 from hdpo.measurements import Measurements
 
 if TYPE_CHECKING:
@@ -87,8 +88,14 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     """Shard a policy with FSDP2: each decoder layer is a unit, embeddings and output layer belong to the root.
 
     The root must be the :class:`~hdpo.policy.Policy` itself, since its ``forward`` applies the output layer.
+
+    Raises:
+        ConfigError: the policy has an adapter.
     """
     from torch.distributed.fsdp import fully_shard
+
+    if policy.has_adapter:
+        raise ConfigError("model.policy.lora cannot be sharded by FSDP2: take --config strategy/ddp, or set it to null")
 
     layers = next(
         (m for m in policy.backbone.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 __all__ = [
     "ConfigError",
@@ -12,6 +12,7 @@ __all__ = [
     "check_choice",
     "check_positive",
     "first_line",
+    "instance_of",
 ]
 
 
@@ -89,3 +90,17 @@ def check_positive(**values: float | None) -> None:
 
 def _dotted(key: str) -> str:
     return key.replace("__", ".")
+
+
+def instance_of(key: str, given: Any, kind: type, default: type) -> Any:
+    """Return the object that was given, or a default; anything else is refused before it can be misread."""
+    if given is None:
+        return default()
+    if not isinstance(given, kind):
+        known = ", ".join(sorted(c.__name__ for c in _subclasses(kind)))
+        raise ConfigError(f"model.{key} must be a {kind.__name__} ({known}, or a subclass of yours), got {given!r}")
+    return given
+
+
+def _subclasses(kind: type) -> list[type]:
+    return [c for sub in cast(list[type], kind.__subclasses__()) for c in (sub, *_subclasses(sub))]

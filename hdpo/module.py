@@ -19,7 +19,7 @@ from hdpo.callbacks.rollouts import RolloutGeneration
 from hdpo.callbacks.skipped import SkippedSteps
 from hdpo.checkpoints import check_state
 from hdpo.distributed import merged_means, shard_policy
-from hdpo.errors import ConfigError, check_at_least, first_line
+from hdpo.errors import ConfigError, check_at_least, first_line, instance_of
 from hdpo.evaluation.curves import log_evaluation
 from hdpo.evaluation.scores import Scores, group_ks
 from hdpo.experience import Experience
@@ -29,7 +29,7 @@ from hdpo.losses.update import update_policy
 from hdpo.measurements import timed
 from hdpo.optim import LinearWarmup, paper_adamw, prefer_fused
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
-from hdpo.policy.lora import is_adapter
+from hdpo.policy.lora import is_frozen
 from hdpo.rewards import MathVerifier, Verifier
 from hdpo.teacher import DriftingTeacher, FrozenTeacher, Teacher
 from hdpo.trainer import check_trainer, end_properly
@@ -98,11 +98,11 @@ class HDPOModule(LightningModule):
         )
         self.policy_config = policy
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
-        self.policy_loss = _instance("policy_loss", policy_loss, PolicyLoss, ClippedPolicyLoss)
+        self.policy_loss = instance_of("policy_loss", policy_loss, PolicyLoss, ClippedPolicyLoss)
         self.distillation_weight = distillation_weight
         self.privileged_policy_weight = privileged_policy_weight
-        self.divergence = _instance("divergence", divergence, Divergence, JSD)
-        self.teacher = _instance("teacher", teacher, Teacher, DriftingTeacher)
+        self.divergence = instance_of("divergence", divergence, Divergence, JSD)
+        self.teacher = instance_of("teacher", teacher, Teacher, DriftingTeacher)
         self.update = update or UpdateConfig()
         self.pass_k = tuple(pass_k)
         self.scores = Scores({"": self.pass_k})
@@ -118,8 +118,8 @@ class HDPOModule(LightningModule):
         #: Whether the weights are in the middle of a step's update, a state that is none to save.
         self.is_updating = False
         # Outside the module tree: an engine may hold a model of its own. Workers and engines start at their first use.
-        self.engine = _instance("engine", engine, GenerationEngine, TransformersEngine)
-        self.verifier = _instance("verifier", verifier, Verifier, MathVerifier)
+        self.engine = instance_of("engine", engine, GenerationEngine, TransformersEngine)
+        self.verifier = instance_of("verifier", verifier, Verifier, MathVerifier)
 
     # ------------------------------------------------------------------ what it owns
 
@@ -180,13 +180,8 @@ class HDPOModule(LightningModule):
                 f"model.policy.path: the policy has {policy.vocab_size} tokens, but its tokenizer "
                 f"{len(self.tokenizer)}: take the tokenizer that the policy was trained with, or resize its embeddings"
             )
-        mesh = self.device_mesh
-        if mesh is not None and policy.has_adapter:
-            raise ConfigError(
-                "model.policy.lora cannot be sharded by FSDP2: take --config strategy/ddp, or set it to null"
-            )
-        if mesh is not None:
-            shard_policy(policy, mesh["data_parallel"])
+        if self.device_mesh is not None:
+            shard_policy(policy, self.device_mesh["data_parallel"])
         return policy
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -220,19 +215,13 @@ class HDPOModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit; remember the weights' step: outside ``fit`` the trainer does not count steps."""
         if self.policy is not None and self.policy.has_adapter:
-            checkpoint["state_dict"] = self._frozen_weights() | checkpoint["state_dict"]
+            checkpoint["state_dict"] |= {k: v for k, v in self.state_dict().items() if is_frozen(k)}
         self.loaded_step = check_state(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the weights that are not trained where there is an adapter: the initial policy has them."""
         if self.policy is not None and self.policy.has_adapter:
-            frozen = self._frozen_weights()
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-
-    def _frozen_weights(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint with an adapter does not hold: the policies' weights and buffers but the adapters'."""
-        prefixes = ("policy.", "teacher.")
-        return {k: v for k, v in self.state_dict().items() if k.startswith(prefixes) and not is_adapter(k)}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not is_frozen(k)}
 
     # ------------------------------------------------------------------ the step
 
@@ -308,17 +297,3 @@ class HDPOModule(LightningModule):
         self.log_dict(values, logger=not fits)
         if fits and not trainer.sanity_checking:
             log_evaluation(self.loggers, {name: float(value) for name, value in values.items()}, self.global_step)
-
-
-def _instance(key: str, given: Any, kind: type, default: type) -> Any:
-    """The object that was given, or a default; anything else is refused before it can be misread."""
-    if given is None:
-        return default()
-    if not isinstance(given, kind):
-        known = ", ".join(sorted(c.__name__ for c in _subclasses(kind)))
-        raise ConfigError(f"model.{key} must be a {kind.__name__} ({known}, or a subclass of yours), got {given!r}")
-    return given
-
-
-def _subclasses(kind: type) -> list[type]:
-    return [c for sub in cast(list[type], kind.__subclasses__()) for c in (sub, *_subclasses(sub))]

@@ -290,8 +290,7 @@ def shown_solutions(module: Any, prompts: list[tuple[list[int], str]]) -> list[s
 
     A completion does not repeat what it has not been shown; guessing it all the same costs three times the work.
     """
-    texts = module.tokenizer.batch_decode([ids for ids, _ in prompts], skip_special_tokens=True)
-    plain = [" ".join(text.split()) for text in texts]
+    plain = [" ".join(module.tokenizer.decode(ids, skip_special_tokens=True).split()) for ids, _ in prompts]
     return [s if " ".join(s.split()) in text else "" for text, (_, s) in zip(plain, prompts, strict=True)]
 
 

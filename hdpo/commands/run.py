@@ -163,7 +163,8 @@ class HDPOCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave our progress bar out where the user has another, or wants none."""
-        others = [c for c in config.get("callbacks") or [] if isinstance(c, ProgressBar)]
+        given = config.get("callbacks") or []
+        others = [c for c in (given if isinstance(given, list) else [given]) if isinstance(c, ProgressBar)]
         if others or config.get("enable_progress_bar") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Progress)]
         return super()._instantiate_trainer(config, callbacks)

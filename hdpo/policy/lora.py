@@ -23,6 +23,7 @@ __all__ = [
     "adapter_off",
     "add_adapter",
     "is_adapter",
+    "is_frozen",
     "merged_weight",
     "merged_weights",
     "save_adapter",
@@ -95,6 +96,11 @@ def add_adapter(model: Any, config: LoRAConfig) -> None:
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this name belongs to an adapter."""
     return ".lora_A." in name or ".lora_B." in name
+
+
+def is_frozen(name: str) -> bool:
+    """Whether a checkpoint of a policy with an adapter leaves this one of a module's weights out: it never changes."""
+    return name.startswith(("policy.", "teacher.")) and not is_adapter(name)
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:

@@ -9,6 +9,7 @@ it starts in the same way (``python -m tests.helpers.bare``, in its environment 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import runpy
 import sys
@@ -68,4 +69,5 @@ def forget_all_but(names: tuple[str, ...] = KEPT) -> set[str]:
 if __name__ == "__main__":
     forget_all_but()
     sys.argv = sys.argv[1:]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))  # as for a script; run_path does not
     runpy.run_path(sys.argv[0], run_name="__main__")
