@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAB = "pkg://hdpo.lab/policy"
 
 #: Random Qwen2 policies, untied: vocabulary, width, layers, heads, key/value heads, feed-forward width.
-SHAPES = {"toy": (64, 16, 1, 2, 1, 32), "20m": (32_000, 256, 6, 4, 2, 768), "100m": (32_000, 640, 12, 10, 5, 1792)}
+SHAPES = {"toy": (384, 16, 1, 2, 1, 32), "20m": (32_000, 256, 6, 4, 2, 768), "100m": (32_000, 640, 12, 10, 5, 1792)}
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, repeats: int = 7) -> None:

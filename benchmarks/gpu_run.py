@@ -255,6 +255,7 @@ def run(
         max_steps=args.repeats + 1,
         max_epochs=-1,
         limit_val_batches=0,
+        use_distributed_sampler=False,  # it would shuffle
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -290,7 +290,10 @@ def shown_solutions(module: Any, prompts: list[tuple[list[int], str]]) -> list[s
 
     A completion does not repeat what it has not been shown; guessing it all the same costs three times the work.
     """
-    plain = [" ".join(module.tokenizer.decode(ids, skip_special_tokens=True).split()) for ids, _ in prompts]
+    if not prompts:  # of which transformers makes one empty text
+        return []
+    texts = module.tokenizer.batch_decode([ids for ids, _ in prompts], skip_special_tokens=True)
+    plain = [" ".join(text.split()) for text in texts]
     return [s if " ".join(s.split()) in text else "" for text, (_, s) in zip(plain, prompts, strict=True)]
 
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from hdpo import distributed
-from hdpo.callbacks import DistillationRefresh, Evaluation, LastCheckpoint, PredictionWriter
+from hdpo.callbacks import CliffReplay, DistillationRefresh, Evaluation, LastCheckpoint, PredictionWriter
 from hdpo.distributed import all_max, all_sum, gather_objects, merged_means, rank, world_size
 from hdpo.errors import StopRequested
 from hdpo.experience import Sequences
@@ -34,7 +34,7 @@ def ranks(tmp_path_factory):
 
 def everything(rank):
     found = {}
-    for scenario in (values, objects, cliffs, buffers, refresh, records, several_updates, sharded):
+    for scenario in (values, objects, cliffs, replayed, buffers, refresh, records, several_updates, sharded):
         found[scenario.__name__] = scenario(rank)
         dist.barrier()
     return found
@@ -110,6 +110,33 @@ def test_the_limit_of_cliffs_is_that_of_the_global_batch(ranks):
 
 def entry(number):
     return ([number], [number, 1], [number, 2], 10 + number)
+
+
+def replayed(number):
+    """Of four former cliffs the ranks see two each; rows 10 and 13 come back for the first time and are solved."""
+    replay = CliffReplay(max_share=1.0, after_steps=2)
+    replay._waiting = {10: (0, 0), 11: (0, 0), 12: (0, 1), 13: (0, 0)}
+    replay._returned = {0: 10, 1: 11, 2: 12, 3: 13}
+    index = torch.tensor([[0, 2], [1, 3]][number])
+    solved = torch.tensor([[[False, True], [True, True]], [[False, False], [True, False]]][number])
+    batch = SimpleNamespace(
+        prompts=SimpleNamespace(index=index, row=index + 100),
+        rollouts=SimpleNamespace(success=solved),
+        distillation=SimpleNamespace(index=[[2], [1, 1]][number]),
+        measurements=Measurements(),
+    )
+    trainer = SimpleNamespace(global_step=5)
+    replay.after_cliffs(trainer, None, batch)
+    after_cliffs = replay.state_dict()
+    replay.after_distillation(trainer, SimpleNamespace(distillation=SimpleNamespace(refresh_every=1)), batch)
+    return after_cliffs, replay.state_dict()
+
+
+def test_all_ranks_know_which_former_cliffs_wait(ranks):
+    for found in ranks:
+        after_cliffs, after_distillation = found["replayed"]
+        assert sorted(after_cliffs["waiting"]) == [[10, 7, 1], [13, 7, 1]]
+        assert sorted(after_distillation["waiting"]) == [[10, 7, 1], [13, 7, 1], [101, 7, 0], [102, 7, 0]]
 
 
 def buffers(number):
