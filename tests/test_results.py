@@ -1,0 +1,44 @@
+"""The README's table of results is what ``report`` makes of the records under benchmarks/results."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hdpo.evaluation.comparison import Question, build_report
+from hdpo.evaluation.runs import find_runs
+
+ROOT = Path(__file__).parents[1]
+FOREIGN = ROOT / "benchmarks/results/foreign"
+ENDPOINTS = ("pass@8:tier5+tier6", "pass@8", "greedy_accuracy")
+
+
+def number(value):
+    return f"{value:.3f}".lstrip("0") if value >= 0 else f"-{-value:.3f}".replace("-0", "-")
+
+
+def interval(entry):
+    return f"{number(entry['value'])} [{number(entry['low'])}, {number(entry['high'])}]"
+
+
+def row(setting):
+    cells = [f"`{setting['label']}`", str(setting["num_runs"]), *(interval(setting["outcome"][e]) for e in ENDPOINTS)]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.fixture(scope="module")
+def report():
+    question = yaml.safe_load((FOREIGN / "question.yaml").read_text(encoding="utf-8"))
+    return build_report(find_runs([FOREIGN / "confirmatory"]), Question(**question))
+
+
+def test_the_readmes_table_is_that_of_the_records(report):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if line.endswith("] |") and line.startswith("| `")]
+    assert sorted(rows) == sorted(map(row, report["settings"]))
+
+
+def test_the_runs_are_those_of_the_protocol(report):
+    assert report["split"] == "test"
+    assert {setting["steps"][-1] for setting in report["settings"]} == {200}
+    assert all(len(set(s["seeds"])) == s["num_runs"] for s in report["settings"])
