@@ -197,7 +197,7 @@ def simulate_crossed(
     def expected(centre: Array | float, spread: float) -> Array:
         return expit(np.asarray(centre)[..., None] + spread * NODES) @ WEIGHTS
 
-    # Over all problems a run's log-odds vary by the run's own number, the problem's and both interactions.
+    # Over all problems the log-odds of a run vary by the run's own number, the problem's and both interactions.
     truth = float(np.diff(expected(np.array([base, base + lift]), np.sqrt(sd**2 + 1 + 0.7**2 + 0.5**2)))[0])
     for _ in range(num):
         common = rng.normal(size=num_problems)

@@ -201,7 +201,7 @@ def strategies(size: str) -> dict[str, Any]:
 
 
 def autocast_cache(size: str) -> dict[str, Any]:
-    """Two updates a step in bfloat16, with autocast's cache of cast weights and without."""
+    """Two updates per step in bfloat16, with autocast's cache of cast weights and without."""
     from lightning.pytorch.plugins import MixedPrecision
 
     found = []

@@ -101,8 +101,8 @@ def main() -> None:
         "--engine", choices=("auto", "transformers", "vllm"), default="auto", help="auto: vLLM on a GPU"
     )
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--completions", type=int, default=16, help="rollouts a prompt (default: 16)")
-    parser.add_argument("--privileged", type=int, default=4, help="privileged rollouts a cliff (default: 4)")
+    parser.add_argument("--completions", type=int, default=16, help="rollouts per prompt (default: 16)")
+    parser.add_argument("--privileged", type=int, default=4, help="privileged rollouts per cliff (default: 4)")
     parser.add_argument("--cliffs", type=float, default=0.25, help="share of the prompts (default: 0.25)")
     parser.add_argument("--new-tokens", type=int, default=1024, help="token limit of a completion (default: 1024)")
     parser.add_argument("--mean-tokens", type=int, default=512, help="mean completion without a limit (default: 512)")

@@ -143,7 +143,7 @@ class HDPOCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
 
     def instantiate_classes(self) -> None:
-        """As Lightning does; a value out of range and a missing package are the user's to mend."""
+        """As Lightning does; a value out of range and a missing package are for the user to correct."""
         try:
             super().instantiate_classes()
         except (ValueError, ImportError) as error:

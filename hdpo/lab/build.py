@@ -104,8 +104,8 @@ def evaluate(
     Args:
         folder: where the policy lies.
         task: the laboratory.
-        num_problems: problems a tier.
-        num_samples: samples a problem.
+        num_problems: problems per tier.
+        num_samples: samples per problem.
         seed: of problems and samples.
         recipe: how the policy was made; None keeps what an earlier ``scores.json`` says.
     """
@@ -153,8 +153,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", choices=TASKS, default=STORIES.name, help="the laboratory (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of everything (default: %(default)s)")
-    parser.add_argument("--problems", type=int, default=100, help="held-out problems a tier (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=16, help="samples a problem (default: %(default)s)")
+    parser.add_argument("--problems", type=int, default=100, help="held-out problems per tier (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=16, help="samples per problem (default: %(default)s)")
     options = parser.parse_args(args)
     try:
         if options.problems < 1 or options.samples < 8:

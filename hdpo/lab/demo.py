@@ -57,7 +57,7 @@ def summarise(run: Path, method: str, seed: int, seconds: float) -> dict[str, An
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path, k: int) -> None:
-    """pass@k and the cliff fraction over steps, one line a run."""
+    """pass@k and the cliff fraction over steps, one line per run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,7 +114,7 @@ def print_table(runs: Sequence[dict[str, Any]], k: int) -> None:
         table.add_row(label, *(f"{mean_of(m, 'cliff_fraction', key):.3f}" for m in METHODS))
     for station in STATIONS:
         table.add_row(
-            f"seconds a step: {station}", *(f"{mean_of(m, 'seconds_per_step', station):.3f}" for m in METHODS)
+            f"seconds per step: {station}", *(f"{mean_of(m, 'seconds_per_step', station):.3f}" for m in METHODS)
         )
     copied = mean_of("hdpo", "privileged", "copy_rate")
     table.add_row("kept privileged rollouts that copy the reference", "-", f"{copied:.0%}")

@@ -48,7 +48,7 @@ def sample(
         policy: the model.
         tokenizer: its tokenizer.
         prompts: contexts as token ids.
-        num_samples: samples a prompt at temperature 1 (from torch's global generator); None for one greedy completion.
+        num_samples: samples per prompt at temperature 1 (from torch's generator); None for one greedy completion.
         batch_size: completions written together.
 
     Returns:
@@ -103,8 +103,8 @@ def score_policy(
     Args:
         policy: the model, on the CPU.
         tokenizer: its tokenizer.
-        num_problems: problems a tier.
-        num_samples: samples a problem at temperature 1, at least 8.
+        num_problems: problems per tier.
+        num_samples: samples per problem at temperature 1, at least 8.
         seed: of the samples and the problems.
         task: the laboratory.
 

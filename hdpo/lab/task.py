@@ -33,7 +33,7 @@ class Recipe:
         privileged_tiers: tier -> weight among the privileged examples with a worked solution.
         answer_only_tiers: tier -> weight among those with the answer alone. Hard tiers must stay out here too: the
             answer says nothing of the steps, so these are almost plain examples.
-        answer_only_every: each so-many-th privileged example shows the answer alone.
+        answer_only_every: one privileged example in so many shows the answer alone.
         privileged_weight: factor of the privileged examples' loss.
         learning_rate: peak learning rate of AdamW.
         num_ramp_steps: steps of linear increase to the peak, before the cosine decay.

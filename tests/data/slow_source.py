@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def rows(log: str, number: int = 40, pause_at: int | None = None, damaged: bool = False):
-    """Yield rows, write one line to ``log`` for each reading, and sleep for ever before row ``pause_at``."""
+    """Yield rows, write one line to ``log`` for each reading, and sleep forever before row ``pause_at``."""
     with Path(log).open("a") as stream:
         stream.write(f"{os.getpid()}\n")
     for i in range(number):

@@ -1,4 +1,4 @@
-"""The stories: right answers (read off the text by another program), disjoint splits, one order for ever."""
+"""The stories: right answers (read off the text by another program), disjoint splits, one order forever."""
 
 import re
 from collections import Counter
