@@ -262,6 +262,7 @@ def refused(capsys, arguments):
         (["--trainer.max_steps=-1"], "trainer.max_steps must be set"),
         # Unknown keys and words, with what would be right.
         (["--model.no_such_key=1"], "no_such_key"),
+        (["--optimizer=torch.optim.SGD"], "optimizer"),  # a second place for model.optimizer
         (["--rollouts.num_generations=many"], "num_generations"),
         (["--model.teacher=Professor"], "teacher"),
         (["--model.divergence=jsd"], "divergence"),
