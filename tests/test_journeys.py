@@ -63,7 +63,7 @@ def test_gsm8k_by_the_readmes_mapping(home):
         {"question": row["problem"], "answer": f"{row['generated_solution']}\n#### {row['expected_answer']}"}
         for row in story_rows(30)
     ]
-    rows += [rows[0], {"question": "Ann has 2 pens. How many?", "answer": "Two."}]
+    rows[1:1] = [rows[0], {"question": "Ann has 2 pens. How many?", "answer": "Two."}]
     home.write("gsm8k.jsonl", rows)
     mapping = readme("yaml", "openai/gsm8k").replace("openai/gsm8k\n    name: main", "gsm8k.jsonl")
     assert "gsm8k.jsonl" in mapping
@@ -87,7 +87,7 @@ def test_a_code_reward(home):
     ]  # fmt: skip
     for row in rows:
         row["task"] += f" It is to be {row['name']}."
-    rows.append({**rows[0], "task": "Task 99: write f.", "tests": ["assert f("]})
+    rows.insert(0, {**rows[0], "task": "Task 99: write f.", "tests": ["assert f("]})
     home.write("programs.jsonl", rows)
     columns = {"problem": "task", "solution": "program", "answer": "name", "source": "name", "extra": ["tests"]}
     overlay = {
@@ -111,7 +111,9 @@ def test_a_code_reward(home):
 
 
 def test_multiple_choice(home):
-    scripted_policy(home.site, home.path / "guesser", [["So it is "], ["\\boxed{B}.", "\\boxed{C}.", "\\boxed{B or C}."]])
+    scripted_policy(
+        home.site, home.path / "guesser", [["So it is "], ["\\boxed{B}.", "\\boxed{C}.", "\\boxed{B or C}."]]
+    )
     answers = ["B", "(C) 12", "Z"]
     rows = [{"q": f"Question {i} of {a}?", "key": a} for i, a in product(range(10), answers)]
     home.write("choices.jsonl", rows)
@@ -144,7 +146,7 @@ def test_a_base_model_with_a_template(home):
             (home.path / "base").mkdir(exist_ok=True)
             (home.path / "base" / file.name).write_bytes(file.read_bytes())
     files = ["--config", stories(home), "--model.policy.path=base"]
-    refused = home.hdpo("fit", *files, status=1).stderr.strip().splitlines()[-1]
+    refused = home.hdpo("fit", *files, status=2).stderr.strip().splitlines()[-1]
     assert "has no chat template" in refused
     assert "set data.prompts.chat_template to r1_zero or a Jinja file" in refused
     home.write("mine.jinja", "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}<|assistant|>")
@@ -167,8 +169,9 @@ def test_lora_fit_resume_export_and_reload(home):
     pytest.importorskip("peft")
     lora = {"model": {"policy": {"lora": {"r": 2, "alpha": 8}}}, "checkpoint": {"every_n_steps": 1}}
     files = ["--config", stories(home), "--config", home.write("lora.yaml", lora)]
-    home.hdpo("fit", *files, "--trainer.logger.init_args.version=whole")
-    home.hdpo("fit", *files, "--trainer.logger.init_args.version=part", "--trainer.max_steps=1")
+    unwatched = ["--trainer.limit_val_batches=0", "--best_checkpoint.monitor=null"]
+    home.hdpo("fit", *files, *unwatched, "--trainer.logger.init_args.version=whole")
+    home.hdpo("fit", *files, *unwatched, "--trainer.logger.init_args.version=part", "--trainer.max_steps=1")
     (half,) = (home.path / "runs/mine/part/checkpoints").glob("last-000001.ckpt")
     home.hdpo("fit", *files, "--ckpt_path", str(half))
     (checkpoint,) = (home.run / "checkpoints").glob("last-000002.ckpt")
@@ -187,7 +190,8 @@ def test_lora_fit_resume_export_and_reload(home):
     (again,) = (home.path / "runs/mine/again").rglob("*.jsonl.gz")
     keys = ("row", "sample", "greedy", "completion", "outcome")
     after, reloaded = (
-        [tuple(row[key] for key in keys) for row in home.read(path)] for path in ("evaluations/step_000002.jsonl.gz", again)
+        [tuple(row[key] for key in keys) for row in home.read(path)]
+        for path in ("evaluations/step_000002.jsonl.gz", again)
     )
     assert after == reloaded
 
@@ -200,7 +204,12 @@ def test_three_evaluation_sources_in_one_table(home):
     done = home.hdpo("test", "--config", home.write("eval.yaml", {"data": {"test_sources": sets}}))
     scores = home.read("summary.json")["test"]["scores"]
     records = [row for path in (home.run / "tests").glob("*.gz") for row in home.read(path)]
-    assert {name: scores[name]["num_problems"] for name in ("all", *sources)} == {"all": 12, "one": 3, "two": 4, "six": 5}
+    assert {name: scores[name]["num_problems"] for name in ("all", *sources)} == {
+        "all": 12,
+        "one": 3,
+        "two": 4,
+        "six": 5,
+    }
     for name in sources:
         mine = [row for row in records if row["dataset"] == name]
         assert len(mine) == scores[name]["num_problems"] * (1 + sets[name]["num_samples"])
@@ -263,24 +272,26 @@ def test_a_log_without_a_terminal(home):
 
 def test_a_divergence_of_ones_own(home):
     module = readme("python", "class CrossEntropy").replace(
-        "    def __call__", "    def __init__(self, factor: float = 1.0) -> None:\n        self.factor = factor\n\n    def __call__"
+        "    def __call__",
+        "    def __init__(self, factor: float = 1.0) -> None:\n        self.factor = factor\n\n    def __call__",
     )
     home.write("my_divergence.py", module.replace("return -(", "return -self.factor * ("))
-    base = [*("--config", stories(home)), "--rollouts.temperature=2.0", "--trainer.max_steps=1",
-            "--trainer.limit_val_batches=0", "--best_checkpoint.monitor=null"]  # fmt: skip
+    # Stories of six steps do not fit into the student's 24 tokens: all are cliffs, and distillation alone has a gradient.
+    home.write("cliffs.jsonl", story_rows(8, tiers=(6,)))
     overlay = yaml.safe_load(readme("yaml", "my_divergence.CrossEntropy"))
     assert overlay["model"].keys() == {"divergence"}
-    found = {}
-    for name, choice in {
-        "once": overlay["model"]["divergence"],
-        "thrice": {**overlay["model"]["divergence"], "init_args": {"factor": 3.0}},
-        "shipped": {"class_path": "hdpo.losses.ForwardKL"},
-    }.items():
+    mine = {**overlay["model"]["divergence"], "init_args": {"factor": 3.0}}
+    loss, norm = {}, {}
+    for name, choice in {"mine": mine, "shipped": {"class_path": "hdpo.losses.ForwardKL"}}.items():
         config = home.write(f"{name}.yaml", {"model": {"divergence": choice, "distillation_weight": 1.0}})
-        home.hdpo("fit", *base, "--config", config, f"--trainer.logger.init_args.version={name}")
-        found[name] = home.curves(name)
-    loss = {name: curves["loss/distillation"][0] for name, curves in found.items()}
-    assert loss["thrice"] == pytest.approx(3 * loss["once"], rel=1e-5)
-    assert loss["once"] > loss["shipped"] > 0, "cross-entropy is KL and the teacher's entropy, which has no gradient"
-    norm = {name: curves["optim/grad_norm"][0] for name, curves in found.items()}
-    assert norm["once"] == pytest.approx(norm["shipped"], rel=1e-3)
+        home.hdpo(
+            "fit", "--config", stories(home), "--config", config, "--data.source.path=cliffs.jsonl",
+            "--distillation.max_new_tokens=72", "--trainer.max_steps=1", "--trainer.limit_val_batches=0",
+            "--best_checkpoint.monitor=null", f"--trainer.logger.init_args.version={name}",
+        )  # fmt: skip
+        curves = home.curves(name)
+        assert curves["cliff/fraction"][0] == 1
+        loss[name], norm[name] = curves["loss/distillation"][0], curves["optim/grad_norm"][0]
+    # Cross-entropy is KL and the teacher's entropy, which has no gradient.
+    assert loss["mine"] > 3 * loss["shipped"] > 0
+    assert norm["mine"] == pytest.approx(3 * norm["shipped"], rel=1e-3)
