@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -67,9 +66,13 @@ def test_gsm8k_by_the_readmes_mapping(home):
     home.write("gsm8k.jsonl", rows)
     mapping = readme("yaml", "openai/gsm8k").replace("openai/gsm8k\n    name: main", "gsm8k.jsonl")
     assert "gsm8k.jsonl" in mapping
-    home.hdpo("fit", "--config", home.write("gsm8k.yaml", mapping))
+    home.hdpo("fit", "--config", home.write("gsm8k.yaml", mapping),
+              "--data.selection.num_train_problems=null", "--data.selection.num_val_problems=30")  # fmt: skip
     reports = home.preparation()
-    assert {name: (r["kept"], sum(r["dropped"].values())) for name, r in reports.items()} == {}
+    assert reports.keys() == {"train", "validation"}
+    assert sum(report["kept"] for report in reports.values()) == 30
+    dropped = [reason for report in reports.values() for reason, count in report["dropped"].items() if count]
+    assert sorted(set(dropped)) == ["duplicate", "missing_answer"]
     records, summary = home.read("evaluations/step_000002.jsonl.gz"), home.read("summary.json")
     assert summary["steps"] == 2
     assert {row["reference"] for row in records} <= {row["answer"].split("#### ")[-1] for row in rows}
@@ -226,13 +229,14 @@ def test_three_evaluation_sources_in_one_table(home):
 def test_the_readmes_script(home):
     done = home.python(home.write("my_run.py", readme("python", "# my_run.py")))
     printed = float(re.search(r"tensor\(([\d.]+)", done.stdout)[1])
-    (path,) = home.path.rglob("step_000002.jsonl.gz")
-    solved = {}
-    for row in home.read(path):
-        if not row["greedy"]:
-            solved[row["row"]] = solved.get(row["row"], False) or boxed_right(row)
-    assert len(solved) == 12
-    assert printed == pytest.approx(sum(solved.values()) / 12, abs=1e-4)
+    from hdpo.lab.demo import read_curves
+
+    curves = read_curves(home.path / "lightning_logs/version_0")
+    assert 0 <= printed <= 1
+    assert dict(curves["val/pass@8"])[2] == pytest.approx(printed, abs=1e-4)
+    assert [step for step, _ in curves["loss/policy"]] == [0, 1]
+    kept = {name: report["kept"] for name, report in home.preparation().items()}
+    assert kept == {"train": 64, "validation": 12}
 
 
 def test_wandb_offline(home):
@@ -276,7 +280,7 @@ def test_a_divergence_of_ones_own(home):
         "    def __init__(self, factor: float = 1.0) -> None:\n        self.factor = factor\n\n    def __call__",
     )
     home.write("my_divergence.py", module.replace("return -(", "return -self.factor * ("))
-    # Stories of six steps do not fit into the student's 24 tokens: all are cliffs, and distillation alone has a gradient.
+    # Six steps do not fit into the student's 24 tokens: all are cliffs, and distillation alone has a gradient.
     home.write("cliffs.jsonl", story_rows(8, tiers=(6,)))
     overlay = yaml.safe_load(readme("yaml", "my_divergence.CrossEntropy"))
     assert overlay["model"].keys() == {"divergence"}
