@@ -67,7 +67,7 @@ def test_gsm8k_by_the_readmes_mapping(home):
     mapping = readme("yaml", "openai/gsm8k").replace("openai/gsm8k\n    name: main", "gsm8k.jsonl")
     assert "gsm8k.jsonl" in mapping
     home.hdpo("fit", "--config", home.write("gsm8k.yaml", mapping),
-              "--data.selection.num_train_problems=null", "--data.selection.num_val_problems=30")  # fmt: skip
+              "--data.selection.num_train_problems=null", "--data.selection.num_val_problems=30", "--data.selection.test_fraction=0.0")  # fmt: skip
     reports = home.preparation()
     assert reports.keys() == {"train", "validation"}
     assert sum(report["kept"] for report in reports.values()) == 30
