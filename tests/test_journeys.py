@@ -66,8 +66,9 @@ def test_gsm8k_by_the_readmes_mapping(home):
     home.write("gsm8k.jsonl", rows)
     mapping = readme("yaml", "openai/gsm8k").replace("openai/gsm8k\n    name: main", "gsm8k.jsonl")
     assert "gsm8k.jsonl" in mapping
-    home.hdpo("fit", "--config", home.write("gsm8k.yaml", mapping),
-              "--data.selection.num_train_problems=null", "--data.selection.num_val_problems=30", "--data.selection.test_fraction=0.0")  # fmt: skip
+    everything = ("num_train_problems=null", "num_val_problems=30", "test_fraction=0.0")
+    options = [f"--data.selection.{option}" for option in everything]
+    home.hdpo("fit", "--config", home.write("gsm8k.yaml", mapping), *options)
     reports = home.preparation()
     assert reports.keys() == {"train", "validation"}
     assert sum(report["kept"] for report in reports.values()) == 30
