@@ -49,12 +49,12 @@ def readme(kind, words):
     return text
 
 
-def stories(home, name="stories.yaml", **columns):
+def stories(home):
     """A file of easy stories and one of hard ones to train on, with the settings that name them."""
     home.write("hard.jsonl", story_rows(24, tiers=(2, 6)))
     home.write("easy.jsonl", story_rows(6, "validation"))
     data = {"source": {"path": "hard.jsonl"}, "val_source": {"path": "easy.jsonl"}}
-    return home.write(name, {"data": data})
+    return home.write("stories.yaml", {"data": data})
 
 
 def test_gsm8k_by_the_readmes_mapping(home):
