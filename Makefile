@@ -24,7 +24,7 @@ $(READY): pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hdpo needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c .ci/constraints.txt -e '.[test,lint]'
+	$(BIN)/pip install --quiet -c .ci/constraints.txt -e '.[test,lint,wandb]'
 	@touch $@
 
 install: $(READY) ## Create the virtual environment
