@@ -254,7 +254,7 @@ def refused(capsys, arguments):
         (["--best_checkpoint.monitor=val/pass@8"], "best_checkpoint.monitor is val/pass@8, but model.pass_k gives"),
         (["--model.engine=hdpo.generation.VLLMEngine"], "hdpo[vllm]"),
         (["--trainer.accelerator=gpu"], "No supported gpu backend found"),
-        (["--trainer.logger=WandbLogger"], "wandb"),
+        (["--trainer.logger=MLFlowLogger"], "mlflow"),
         # Lightning's keys that are ours here.
         (["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val must stay null: set model.update.max_grad_norm"),
         (["--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches must stay 1"),
