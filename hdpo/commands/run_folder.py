@@ -152,14 +152,16 @@ class RunFolder:
                 (self.path / name).write_bytes(content)
         if self._curves is not None:
             self._curves.rename(self.path / "metrics.csv")
+        (self.path / _LOCK).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Let others have it; a folder in which nothing was written is removed."""
+        """Let others have it; a run's own folder in which nothing was written is removed."""
         if self._lock is None:
             return
         if all(p.name == _LOCK for p in self.path.iterdir()):
             (self.path / _LOCK).unlink(missing_ok=True)
-            self.path.rmdir()
+            if self.settings is not None:  # otherwise it is the user's, perhaps the working folder
+                self.path.rmdir()
         self._lock.release()
         self._lock = None
 

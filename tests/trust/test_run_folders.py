@@ -235,3 +235,13 @@ def test_a_run_that_has_begun_is_not_withdrawn(tmp_path, again):
     folder.withdraw()
     folder.release()
     assert {p.name for p in folder.path.iterdir()} >= {"config.yaml", "evaluations"}
+
+
+@pytest.mark.parametrize("files", [(), ("notes.txt",)])
+def test_a_refused_command_without_a_logger_leaves_the_working_folder_as_it_was(tmp_path, monkeypatch, files):
+    monkeypatch.chdir(tmp_path)
+    for name in files:
+        (tmp_path / name).write_text("mine")
+    arguments = ["fit", "--config", "lab", "--trainer.max_steps=1", "--trainer.logger=false", "--model.pass_k=[0]"]
+    assert main(arguments) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == list(files)
