@@ -24,7 +24,7 @@ __all__ = ["RunFolder", "find_run", "is_finished", "mark_finished"]
 _FINISHED, _LOCK, _CONFIG = "finished", ".lock", "config.yaml"
 _VERSION = re.compile(r"version_(\d+)")
 #: What is written before a run begins, and what it produces then.
-_OPENING = re.compile(r"config\.yaml|hparams\.yaml|events\.out\.tfevents\..*")
+_OPENING = re.compile(r"config\.yaml|hparams\.yaml|events\.out\.tfevents\..*|" + re.escape(_LOCK))
 _PRODUCTS = ("checkpoints", "evaluations", "tests", "predictions.jsonl", "samples.jsonl", "skipped")
 #: Keys in which a run may differ from the one that it continues.
 _NOT_IDENTITY = ("ckpt_path", "resume", "weights_only", "config", "progress")
@@ -106,6 +106,7 @@ class RunFolder:
                     continue
             self.settings["version"] = self.version
         self._make(self.path)
+        used = (self.path / _LOCK).exists()
         self._lock = FileLock(self.path / _LOCK)
         try:
             self._lock.acquire(blocking=False)
@@ -121,7 +122,8 @@ class RunFolder:
                 "trainer.logger.init_args.version (null for the next free one), or remove the folder"
             )
         kept = (_CONFIG, _FINISHED)
-        self._found = {p.name: p.read_bytes() if p.name in kept else None for p in self.path.iterdir()}
+        found = (p for p in self.path.iterdir() if used or p.name != _LOCK)
+        self._found = {p.name: p.read_bytes() if p.name in kept else None for p in found}
         (self.path / _FINISHED).unlink(missing_ok=True)
         self._products = self._written()
         curves = self.path / "metrics.csv"
@@ -152,7 +154,6 @@ class RunFolder:
                 (self.path / name).write_bytes(content)
         if self._curves is not None:
             self._curves.rename(self.path / "metrics.csv")
-        (self.path / _LOCK).unlink(missing_ok=True)
 
     def release(self) -> None:
         """Let others have it; a run's own folder in which nothing was written is removed."""
