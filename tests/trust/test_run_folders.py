@@ -118,6 +118,15 @@ def test_two_runs_at_once_never_share_a_folder(tmp_path):
     assert all(f.settings == {"version": f.version} for f in folders)
 
 
+def test_a_new_run_has_a_number_above_all_others(tmp_path):
+    """The newest run is the one with the highest number: the hole that a removed folder leaves stays open."""
+    for number in (0, 3):
+        (tmp_path / f"version_{number}").mkdir()
+    folder = RunFolder(tmp_path, None, {})
+    folder.claim(again=False)
+    assert folder.version == "version_4"
+
+
 def test_a_locked_folder_is_refused(tmp_path):
     first, second = (RunFolder(tmp_path, "mine", {}) for _ in range(2))
     first.claim(again=False)
@@ -204,10 +213,12 @@ def test_the_configuration_of_a_continued_run_is_that_of_the_command(workplace):
     assert Path(config["trainer"]["logger"]["init_args"]["save_dir"]).name == "runs"
 
 
-def test_a_refused_command_leaves_a_finished_run_as_it_was(tmp_path):
+@pytest.mark.parametrize("lock", [{}, {".lock": ""}], ids=["without lock file", "with lock file"])
+def test_a_refused_command_leaves_a_finished_run_as_it_was(tmp_path, lock):
     run = tmp_path / "version_0"
     run.mkdir()
-    for name, text in {"config.yaml": "a: 1", "finished": "", "metrics.csv": "step,loss", "metrics.0.csv": "x"}.items():
+    files = {"config.yaml": "a: 1", "finished": "", "metrics.csv": "step,loss", "metrics.0.csv": "x", **lock}
+    for name, text in files.items():
         (run / name).write_text(text)
     before = {p.name: p.read_text() for p in run.iterdir()}
     folder = RunFolder(tmp_path, "version_0", {})
@@ -219,7 +230,6 @@ def test_a_refused_command_leaves_a_finished_run_as_it_was(tmp_path):
     (run / "events.out.tfevents.1.host.2.0").touch()
     folder.withdraw()
     folder.release()
-    (run / ".lock").unlink(missing_ok=True)
     assert {p.name: p.read_text() for p in run.iterdir()} == before
 
 
