@@ -342,3 +342,11 @@ def test_module_runs_as_a_program():
 def test_an_export_finds_the_configurations_that_ship(workplace, capsys):
     line = refused(capsys, ["export", "--config", "lab", "--ckpt_path", "missing.ckpt", "--out", "exported"])
     assert "--ckpt_path: there is no file or folder 'missing.ckpt'" in line
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_before_any_process_starts(workplace, monkeypatch, capsys):
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+    monkeypatch.setattr(_SubprocessScriptLauncher, "launch", lambda *_, **__: pytest.fail("processes are started"))
+    assert main(lab("fit", "--trainer.devices=3", "--trainer.strategy=ddp")) == 2
+    assert "data.prompts_per_step=4 cannot be split evenly over 3 ranks" in capsys.readouterr().err
