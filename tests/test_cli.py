@@ -350,3 +350,11 @@ def test_a_batch_that_ranks_cannot_share_is_refused_before_any_process_starts(wo
     monkeypatch.setattr(_SubprocessScriptLauncher, "launch", lambda *_, **__: pytest.fail("processes are started"))
     assert main(lab("fit", "--trainer.devices=3", "--trainer.strategy=ddp")) == 2
     assert "data.prompts_per_step=4 cannot be split evenly over 3 ranks" in capsys.readouterr().err
+
+
+def test_a_run_may_end_by_time_alone(workplace, capsys):
+    """Without ``max_steps`` a run with ``max_time`` is accepted; it stops at once where no time is left."""
+    assert main(lab("fit", "--trainer.max_steps=-1", "--trainer.max_time=00:00:00:00")) == 0
+    assert "max_steps must be set" not in capsys.readouterr().err
+    assert list(json.loads((run_folder(workplace) / "summary.json").read_text())["evaluations"]) == ["0"]
+    assert (run_folder(workplace) / "finished").exists()

@@ -57,6 +57,16 @@ def test_what_is_read_is_what_was_found(path, evaluation):
     assert path.read_bytes() == first
 
 
+def test_problems_of_a_named_set_are_grouped_under_its_name(path):
+    names = {"gsm8k": "gsm8k", "math": "math500"}
+    write_gzip(path, [{**row, "dataset": names[row["source"]]} for row in ROWS])
+    found = read_records(path)
+    assert found.rows == tuple(sorted(found.rows))
+    assert {name for name, _ in found.rows} == {"gsm8k", "math500"}
+    expected = {"gsm8k": "gsm8k", "math500": "math500/math"}
+    assert found.sources == tuple(expected[name] for name, _ in found.rows)
+
+
 def test_any_text_survives(path):
     text = 'π & "√2"\n\u2028\x00\x1b[1m \ud83d|`'
     write_gzip(path, [{**row, "completion": text, "answer": text} for row in ROWS])
