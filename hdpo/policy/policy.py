@@ -156,7 +156,7 @@ class Policy(nn.Module):
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise ConfigError(f"model.policy.path: {config.path!r} {what} {', '.join(names[:3])}{more}")
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable()
         model.config.use_cache = False
         if config.lora is not None:
             add_adapter(model, config.lora)

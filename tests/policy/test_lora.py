@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from hdpo.callbacks import CliffDetection, LastCheckpoint
 from hdpo.errors import ConfigError
+from hdpo.experience import Sequences
 from hdpo.files import resolve_path
 from hdpo.generation.weights import named_weights, weight_rows, weights_fingerprint
 from hdpo.policy import Policy, PolicyConfig
 from hdpo.policy.lora import LoRAConfig, adapter_layers, adapter_off, is_adapter
+from hdpo.policy.packing import TokenBatch
 from hdpo.policy.without_adapter import WithoutAdapter
 from tests.distributed.driver import KEEP_ALL
 from tests.distributed.launch import results, run_scenarios
@@ -164,6 +166,24 @@ def test_the_initial_policy_is_the_same_weights_with_the_adapter_off(policy):
     for name, weight in named_weights(initial, torch.float64):
         torch.testing.assert_close(weight, base.get_parameter(name).detach(), rtol=0, atol=0)
     assert weights_fingerprint(initial) != weights_fingerprint(policy), "an engine must tell them apart"
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    """Where the embedding is frozen no layer's input has a gradient, which reentrant checkpoints would need."""
+    sequences = Sequences([[5, 9, 11], [8, 3]], [[4, 7], [6, 2, 9]])
+
+    def gradients(checkpointing):
+        torch.manual_seed(3)
+        policy = Policy.load(policy_config(gradient_checkpointing=checkpointing))
+        for parameter in trained(policy):
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        policy.train()
+        policy(TokenBatch.from_sequences(sequences, policy.device)).sum().backward()
+        return [p.grad for p in trained(policy)]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert float(b.norm()) > 0
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 def test_engines_get_merged_weights(policy):

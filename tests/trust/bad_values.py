@@ -93,6 +93,18 @@ WORDS = {
     "pass_k above samples": (["--model.pass_k=[1,16]"], "rollouts.num_val_samples is 2"),
     "best of what is not measured": (["--best_checkpoint.monitor=val/pass@9"], "best_checkpoint.monitor"),
     "sampled by an average": (["--distillation.sampled_by=ema"], "distillation.sampled_by=ema needs"),
+    "tokens without a gradient": (
+        ["--distillation.target=token", "--model.divergence=hdpo.losses.ReverseKL"],
+        "no gradient under model.divergence",
+    ),
+    "a policy gradient about another's rollouts": (
+        ["--model.privileged_policy_weight=1", "--distillation.sampled_by=initial"],
+        "distillation.sampled_by=current",
+    ),
+    "a group of one": (
+        ["--model.privileged_policy_weight=1", "--distillation.num_privileged=1"],
+        "distillation.num_privileged",
+    ),
     "minibatches": (["--model.update.num_minibatches=3"], "minibatches (model.update.num_minibatches)"),
     "more prompts than problems": (["--data.prompts_per_step=40"], "data.prompts_per_step=40 is more than the 32"),
     "clipping by the trainer": (["--trainer.gradient_clip_val=1"], "set model.update.max_grad_norm"),
