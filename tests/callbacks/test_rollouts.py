@@ -1,5 +1,7 @@
 """Seeds, rewards and measurements of the first station."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -144,6 +146,9 @@ def test_evaluation_uses_the_row_and_never_the_step(module, trainer, experience,
 def test_a_k_beyond_the_samples_is_refused(module, trainer):
     with pytest.raises(ValueError, match=r"model.pass_k asks for pass@2, but rollouts.num_val_samples is 1"):
         RolloutGeneration(num_val_samples=1).setup(trainer, module, "fit")
+    # One set with enough samples of its own is enough.
+    trainer.datamodule = SimpleNamespace(evaluation_groups={"aime24": 2, "math500": None})
+    RolloutGeneration(num_val_samples=1).setup(trainer, module, "fit")
 
 
 @pytest.mark.parametrize(
