@@ -1,6 +1,7 @@
 """Which privileged rollouts are sampled, which are kept, and how long the buffer lives."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,17 @@ def test_how_privileged_rollouts_are_sampled(scored, module, trainer):
     assert module.engine.calls[0][2] == SamplingConfig(33, 0.7, (1, 3))
     assert texts == [batch.prompts.solution[i] for i in (0, 1, 3)], "the solutions are what they may repeat"
     assert batch.measurements.means()["spent/solutions"] == 3
+
+
+@pytest.mark.parametrize("sampled_by", ["current", "initial", "ema"])
+def test_who_samples(scored, module, trainer, sampled_by):
+    batch, samplers, generate = detected(scored, module, trainer), [], module.engine.generate
+    policies = {"current": module.student, "initial": object(), "ema": object()}
+    module.initial = SimpleNamespace(policy=lambda student: policies["initial"])
+    module.teacher.policy = lambda student: policies["ema"] if len(samplers) == 0 else student
+    module.engine.generate = lambda policy, *rest: samplers.append(policy) or generate(policy, *rest)
+    DistillationRefresh(topk=8, sampled_by=sampled_by).on_train_batch_start(trainer, module, batch, 0)
+    assert samplers == [policies[sampled_by]]
 
 
 def test_equal_completions_of_different_prompts_are_read_apart(scored, module, trainer):

@@ -66,6 +66,7 @@ def test_a_small_budget_keeps_the_rollouts_of_a_prompt_together(groups):
     by_length = pack(Sequences([[]] * 96, [c[1:] for c in groups.completion_ids]), 400).groups
     alone = sum(cost(groups, g, "shared") for g in by_length)
     assert pack(groups, 400, ("shared",)).num_tokens < 0.9 * alone
+    assert pack(groups, 1200, ("padded", "shared")) == pack(groups, 1200, ("shared",)), "in the cheaper of two orders"
 
 
 def test_where_the_predicting_hidden_states_stand():
