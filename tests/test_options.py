@@ -1,11 +1,13 @@
 """Each option where its user sets it, in YAML or on the command line, and that it reaches what it is about."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
+from hdpo.commands.run import read_config
 from hdpo.data import OpenMathDataModule, SourceConfig
 from hdpo.experience import EvaluationSampling
 from hdpo.files import resolve_path
@@ -174,6 +176,13 @@ def test_everything_that_yaml_says_is_what_is_built(workplace):
     (first, *_) = loader
     assert (first.prompts.dataset, len(loader.dataset), len(first)) == ("hard", 4, 3)
     assert first.prompts.sampling == EvaluationSampling(9, 0.4, 66)
+
+
+def test_what_is_not_said(workplace):
+    Path("bare.yaml").write_text("model: {policy: {path: pkg://hdpo.lab/policy}}\n")
+    assert read_config(["--config", "bare.yaml", "--trainer.max_steps=1"])["seed_everything"] == 42
+    _, trainer = built({})
+    assert (trainer.max_epochs, trainer.check_val_every_n_epoch) == (-1, None), "steps are counted, not epochs"
 
 
 def test_a_word_on_the_command_line_needs_no_class(workplace):

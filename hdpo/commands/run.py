@@ -54,7 +54,6 @@ from hdpo.yaml_strings import keep_strings
 __all__ = ["HDPOCLI", "main", "read_config"]
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": -1,
     # The stream of prompts has no end and no epochs: validation counts steps.
     "check_val_every_n_epoch": None,
     "num_sanity_val_steps": 0,

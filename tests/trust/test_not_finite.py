@@ -151,13 +151,14 @@ def _without(step):
 def test_after_three_in_a_row_training_stops_itself_and_saves_nothing_more(tmp_path):
     tape = Tape()
     module = toy.module(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4), distillation_weight=0.0)
-    trainer = toy.trainer(tmp_path, tape, BadGradient(range(2, 9)), max_steps=9, limit_val_batches=0)
+    # Step 0 is not of the row: step 1 ends it.
+    trainer = toy.trainer(tmp_path, tape, BadGradient([0, *range(2, 9)]), max_steps=9, limit_val_batches=0)
     last = next(c for c in trainer.callbacks if isinstance(c, LastCheckpoint))
     last.every_n_steps = 2
     with pytest.raises(TrainingStopped, match=r"not finite in 3 steps in a row, up to step 4; no weight was changed"):
         trainer.fit(module, datamodule=toy.datamodule(tmp_path))
-    assert [s[3]["optim/skipped"] for s in tape.steps] == [0, 0, 1, 1, 1]
-    assert len(list((tmp_path / "skipped").iterdir())) == 3
+    assert [s[3]["optim/skipped"] for s in tape.steps] == [1, 0, 1, 1, 1]
+    assert len(list((tmp_path / "skipped").iterdir())) == 4
     saved = [torch.load(p, weights_only=True) for p in (tmp_path / "checkpoints").glob("last-*.ckpt")]
     assert {c["global_step"] for c in saved} == {2, 4}
     assert all(v.isfinite().all() for c in saved for v in c["state_dict"].values())
