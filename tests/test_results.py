@@ -5,8 +5,8 @@ A folder there has ``question.yaml`` (and ``question_*.yaml`` for further famili
 rows of "a against b". The project's README names the folder (benchmarks/results/NAME) before the table. A header says
 what its column holds: ``pass@8`` or ``greedy``, of ``tiers 5 and 6``, of ``cliffs`` (the sources of the primary
 endpoint) or of all problems; ``runs`` or ``n``; ``last``, the privileged pass rate before the last evaluation, run by
-run. With a column ``weight`` the table is of the tuning runs: ``pass@8 at 40, 80, 120`` and ``mean``. Other columns are
-free, but hold no intervals.
+run. With a column ``weight`` (and perhaps ``learning rate``) the table is of the tuning runs: ``pass@8 at 40, 80, 120``
+and ``mean``. Other columns are free, but hold no intervals.
 """
 
 import re
@@ -123,17 +123,16 @@ def check_outcomes(folder, header, rows):
 
 def check_tuning(folder, header, rows):
     """A table of tuning runs: values at steps, and their mean."""
-    place = header.index("weight")
     for row in rows:
-        (arm,), weight = names(row[0]), float(re.match(NUMBER, row[place])[0])
-        (setting,) = [
-            s
-            for s in tuning(folder)["settings"]
-            if s["label"].partition(", weight")[0] == arm and s["distillation_weight"] == weight
-        ]
+        (arm,), named = names(row[0]), dict(zip(header, row, strict=True))
+        found = [s for s in tuning(folder)["settings"] if s["label"].split(", ")[0] == arm]
+        for title, key in (("weight", "model.distillation_weight"), ("learning rate", "model.optimizer.lr")):
+            chosen = re.match(r"[\d.e-]*\d", named.get(title, ""))  # a key that never varies is in no setting's values
+            found = [s for s in found if not chosen or s["values"].get(key, float(chosen[0])) == float(chosen[0])]
+        (setting,) = found
         name = None
-        for title, cell in zip(header, row, strict=True):
-            where = f"{folder.name}, {arm}, weight {weight:g}, {title}: {cell}"
+        for title, cell in named.items():
+            where = f"{folder.name}, {setting['label']}, {title}: {cell}"
             if endpoint(title, tuning(folder)):
                 name = endpoint(title, tuning(folder))
                 steps = [int(step) for step in re.findall(r"\d+", title.partition(" at ")[2])]
