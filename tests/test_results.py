@@ -35,9 +35,11 @@ def runs(folder, part="confirmatory"):
 
 @cache
 def reports(folder):
-    """One for each question that was asked, the main one first."""
+    """One for each question, the main one first; without those that were written down before their runs were made."""
     questions = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("question*.yaml"))]
-    return [build_report(runs(folder), Question(**question)) for question in questions]
+    arms = {run.arm for run in runs(folder)}
+    answered = [q for i, q in enumerate(questions) if i == 0 or {q["baseline"], *q["family"]} <= arms]
+    return [build_report(runs(folder), Question(**question)) for question in answered]
 
 
 @cache
@@ -121,14 +123,25 @@ def check_outcomes(folder, header, rows):
     return [names(row[0])[0] for row in rows]
 
 
+COLUMNS = (
+    ("weight", "model.distillation_weight", "model.privileged_policy_weight"),  # the latter where nothing is distilled
+    ("learning rate", "model.optimizer.lr"),
+)
+
+
+def varied(setting, keys):
+    """The first value that is not 0; None where the keys do not vary, and so are in no setting's values."""
+    return next((setting["values"][key] for key in keys if setting["values"].get(key)), None)
+
+
 def check_tuning(folder, header, rows):
     """A table of tuning runs: values at steps, and their mean."""
     for row in rows:
         (arm,), named = names(row[0]), dict(zip(header, row, strict=True))
         found = [s for s in tuning(folder)["settings"] if s["label"].split(", ")[0] == arm]
-        for title, key in (("weight", "model.distillation_weight"), ("learning rate", "model.optimizer.lr")):
-            chosen = re.match(r"[\d.e-]*\d", named.get(title, ""))  # a key that never varies is in no setting's values
-            found = [s for s in found if not chosen or s["values"].get(key, float(chosen[0])) == float(chosen[0])]
+        for title, *keys in COLUMNS:
+            chosen = re.match(r"[\d.e-]*\d", named.get(title, ""))
+            found = [s for s in found if not chosen or varied(s, keys) in (float(chosen[0]), None)]
         (setting,) = found
         name = None
         for title, cell in named.items():
@@ -149,7 +162,7 @@ def check_differences(folder, header, rows):
     """Rows of "a against b": difference, interval, and p after Holm in the family of the question with baseline b."""
     for row in rows:
         other, base = names(row[0])
-        (report,) = [r for r in reports(folder) if r["baseline"] == base]
+        report = next(r for r in reports(folder) if r["baseline"] == base and other in r["question"]["family"])
         for title, cell in zip(header[1:], row[1:], strict=True):
             where, name = f"{folder.name}, {row[0]}, {title}: {cell}", endpoint(title, report)
             (found,) = [c for c in report["comparisons"] if (c["setting"], c["endpoint"]) == (other, name)]
