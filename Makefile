@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 PARALLEL ?= -n auto --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-vllm test-oldest mutants bench lint format clean
+.PHONY: help install demo test test-slow test-vllm test-oldest mutants bench notebooks lint format clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench: .venv-trl/.ready ## The CPU benchmarks, into runs/bench; leave the machin
 	$(BENCH)/step.py --json runs/bench/step.json
 	$(BENCH)/memory.py --width 128 --json runs/bench/memory.json
 	$(BENCH)/verifier.py --json runs/bench/verifier.json
+
+notebooks: $(READY) ## Write the outputs of notebooks/02 and 03 anew, as after new records
+	$(BIN)/python -m tests.test_notebooks
 
 lint: $(READY) ## Style, docstrings, annotations, types and the import contract
 	@echo "== lint"

@@ -1,5 +1,17 @@
-"""The README's table of results is what ``report`` makes of the records under benchmarks/results."""
+"""What READMEs say of recorded runs is what ``report`` makes of the records under benchmarks/results.
 
+A folder there has ``question.yaml`` (and ``question_*.yaml`` for further families), ``confirmatory/``, and perhaps
+``tuning/``. In its README and in the project's, a table with the header ``arm`` is checked cell by cell, and so are
+rows of "a against b". The project's README names the folder (benchmarks/results/NAME) before the table. A header says
+what its column holds: ``pass@8`` or ``greedy``, of ``tiers 5 and 6``, of ``cliffs`` (the sources of the primary
+endpoint) or of all problems; ``runs`` or ``n``; ``last``, the privileged pass rate before the last evaluation, run by
+run. With a column ``weight`` (and perhaps ``learning rate``) the table is of the tuning runs: ``pass@8 at 40, 80, 120``
+and ``mean``. Other columns are free, but hold no intervals.
+"""
+
+import re
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,54 +21,218 @@ from hdpo.evaluation.comparison import Question, build_report
 from hdpo.evaluation.runs import find_runs
 
 ROOT = Path(__file__).parents[1]
-FOREIGN = ROOT / "benchmarks/results/foreign"
-ENDPOINTS = ("pass@8:tier5+tier6", "pass@8", "greedy_accuracy")
+FOLDERS = sorted(path.parent for path in ROOT.glob("benchmarks/results/*/question.yaml"))
+NUMBER = r"[+-]?\d*\.\d+|[+-]?\d+"
+INTERVAL = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\](?:, p = ({NUMBER}))?")
+
+every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 
 
-def number(value):
-    return f"{value:.3f}".lstrip("0") if value >= 0 else f"-{-value:.3f}".replace("-0", "-")
+@cache
+def runs(folder, part="confirmatory"):
+    return find_runs([folder / part])
 
 
-def interval(entry):
-    return f"{number(entry['value'])} [{number(entry['low'])}, {number(entry['high'])}]"
+@cache
+def reports(folder):
+    """One for each question, the main one first; without those that were written down before their runs were made."""
+    questions = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("question*.yaml"))]
+    arms = {run.arm for run in runs(folder)}
+    answered = [q for i, q in enumerate(questions) if i == 0 or {q["baseline"], *q["family"]} <= arms]
+    return [build_report(runs(folder), Question(**question)) for question in answered]
 
 
-def row(setting):
-    cells = [f"`{setting['label']}`", str(setting["num_runs"]), *(interval(setting["outcome"][e]) for e in ENDPOINTS)]
-    return f"| {' | '.join(cells)} |"
+@cache
+def tuning(folder):
+    return build_report(runs(folder, "tuning"))
 
 
-def compared(**changes):
-    question = yaml.safe_load((FOREIGN / "question.yaml").read_text(encoding="utf-8"))
-    return build_report(find_runs([FOREIGN / "confirmatory"]), Question(**question | changes))
+def agrees(text, value):
+    """Whether a number is the value as printed, to its last digit."""
+    digits = max(1, len(text.partition(".")[2]))
+    return value is not None and abs(float(text) - value) <= 0.5 * 10**-digits + 1e-9
 
 
-@pytest.fixture(scope="module")
-def report():
-    return compared()
+def same(found, estimate):
+    """Whether ``(value, low, high)`` as printed are an estimate's."""
+    return all(agrees(text, estimate[name]) for text, name in zip(found, ("value", "low", "high"), strict=True))
 
 
-def test_the_readmes_table_is_that_of_the_records(report):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [line for line in readme.splitlines() if line.endswith("] |") and line.startswith("| `")]
-    assert sorted(rows) == sorted(map(row, report["settings"]))
+def negative(estimate):
+    low, high = estimate["high"], estimate["low"]
+    return {"value": -estimate["value"], "low": None if low is None else -low, "high": None if high is None else -high}
 
 
-@pytest.mark.parametrize(
-    ("baseline", "family"), [("grpo", ["hdpo", "sft_on_cliffs", "joint"]), ("sft_on_cliffs", ["hdpo", "joint"])]
+def tables(text):
+    """``(position, header, rows)`` of each table; an empty first cell repeats the one above."""
+    for match in re.finditer(r"^\|.*\|\n\|[-| :]+\|\n(?:\|.*\|\n)+", text, re.M):
+        lines = [[cell.strip().replace("**", "") for cell in line[1:-1].split("|")] for line in match[0].splitlines()]
+        header, rows = lines[0], lines[2:]
+        for above, row in pairwise(rows):
+            row[0] = row[0] or above[0]
+        yield match.start(), header, rows
+
+
+def names(cell):
+    return re.findall(r"`(\w+)`", cell)
+
+
+def endpoint(header, report):
+    """What a column holds, as ``report`` calls it; None for something else."""
+    metric = re.search(r"pass@\d+|greedy", header)
+    if metric is None:
+        return None
+    name = metric[0].replace("greedy", "greedy_accuracy")
+    hard = next((e.partition(":")[2] for e in report["question"]["primary"] if ":" in e), "")
+    tiers = re.search(r"tiers? (\d(?:(?:, | and )\d)*)", header)
+    if tiers:
+        return f"{name}:" + "+".join(f"tier{n}" for n in re.findall(r"\d", tiers[1]))
+    return f"{name}:{hard}" if "cliffs" in header else name
+
+
+def outcome(setting, name):
+    metric, _, source = name.partition(":")
+    if name not in setting["outcome"] and source in setting["by_source"]:
+        return setting["by_source"][source][metric]
+    return setting["outcome"][name]
+
+
+def check_outcomes(folder, header, rows):
+    """A table of confirmatory runs; returns the settings in it."""
+    report = reports(folder)[0]
+    settings = {setting["label"]: setting for setting in report["settings"]}
+    of_run = {run["folder"]: run["setting"] for run in report["runs"]}
+    for row in rows:
+        (label,) = names(row[0])
+        setting = settings[label]
+        for title, cell in zip(header[1:], row[1:], strict=True):
+            where, name = f"{folder.name}, {label}, {title}: {cell}", endpoint(title, report)
+            if name:
+                found = INTERVAL.fullmatch(cell)
+                expected = outcome(setting, name)
+                assert same(found.groups()[:3], expected) if found else agrees(cell, expected["value"]), where
+            elif title in ("runs", "n"):
+                assert int(cell) == setting["num_runs"], where
+            elif title == "last" and cell:
+                own = [r for r in runs(folder) if of_run.get(str(r.folder)) == label]
+                rates = [r.spent(report["split"], setting["steps"][-1])["recent"]["privileged/pass_rate"] for r in own]
+                assert all(map(agrees, cell.split(), rates)), where
+                assert len(cell.split()) == len(rates), where
+            else:
+                assert "[" not in cell, f"what column is this? {where}"
+    return [names(row[0])[0] for row in rows]
+
+
+COLUMNS = (
+    ("weight", "model.distillation_weight", "model.privileged_policy_weight"),  # the latter where nothing is distilled
+    ("learning rate", "model.optimizer.lr"),
 )
-def test_the_readmes_differences_are_those_of_the_records(baseline, family):
-    found = compared(baseline=baseline, family=family)
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    for endpoint in ENDPOINTS[::2]:
-        (c,) = [c for c in found["comparisons"] if (c["setting"], c["endpoint"]) == ("hdpo", endpoint)]
-        (test,) = [t for t in found["family"] if (t["setting"], t["endpoint"]) == ("hdpo", endpoint)]
-        change = f"+{number(c['value'])} [+{number(c['low'])}, +{number(c['high'])}]"
-        p = f"{test['p_value_holm']:.2g}".lstrip("0")
-        assert f"{change}, p = {p}" in readme
 
 
-def test_the_runs_are_those_of_the_protocol(report):
+def varied(setting, keys):
+    """The first value that is not 0; None where the keys do not vary, and so are in no setting's values."""
+    return next((setting["values"][key] for key in keys if setting["values"].get(key)), None)
+
+
+def check_tuning(folder, header, rows):
+    """A table of tuning runs: values at steps, and their mean."""
+    for row in rows:
+        (arm,), named = names(row[0]), dict(zip(header, row, strict=True))
+        found = [s for s in tuning(folder)["settings"] if s["label"].split(", ")[0] == arm]
+        for title, *keys in COLUMNS:
+            chosen = re.match(r"[\d.e-]*\d", named.get(title, ""))
+            found = [s for s in found if not chosen or varied(s, keys) in (float(chosen[0]), None)]
+        (setting,) = found
+        name = None
+        for title, cell in named.items():
+            where = f"{folder.name}, {setting['label']}, {title}: {cell}"
+            if endpoint(title, tuning(folder)):
+                name = endpoint(title, tuning(folder))
+                steps = [int(step) for step in re.findall(r"\d+", title.partition(" at ")[2])]
+                curve, printed = setting["curves"][name], re.findall(NUMBER, cell)
+                expected = [curve[step]["value"] for step in steps if step in curve]
+                assert printed, where
+                assert len(printed) == len(expected), where
+                assert all(map(agrees, printed, expected)), where
+            elif title == "mean":
+                assert agrees(re.match(NUMBER, cell)[0], setting["outcome"][name]["value"]), where
+
+
+def check_differences(folder, header, rows):
+    """Rows of "a against b": difference, interval, and p after Holm in the family of the question with baseline b."""
+    for row in rows:
+        other, base = names(row[0])
+        report = next(r for r in reports(folder) if r["baseline"] == base and other in r["question"]["family"])
+        for title, cell in zip(header[1:], row[1:], strict=True):
+            where, name = f"{folder.name}, {row[0]}, {title}: {cell}", endpoint(title, report)
+            (found,) = [c for c in report["comparisons"] if (c["setting"], c["endpoint"]) == (other, name)]
+            *printed, p = INTERVAL.fullmatch(cell).groups()
+            assert same(printed, found), where
+            if p:
+                (holm,) = [f for f in report["family"] if (f["setting"], f["endpoint"]) == (other, name)]
+                assert agrees(p, holm["p_value_holm"]), where
+
+
+def kind(header, rows):
+    if header[0] == "arm" and all(names(row[0]) for row in rows):
+        return check_tuning if "weight" in header else check_outcomes
+    return check_differences if all(re.fullmatch(r"`\w+` against `\w+`", row[0]) for row in rows) else None
+
+
+@every_folder
+def test_the_tables_are_those_of_the_records(folder):
+    shown = []
+    for _, header, rows in tables((folder / "README.md").read_text(encoding="utf-8")):
+        check = kind(header, rows)
+        if check is not None:
+            shown += check(folder, header, rows) or []
+    assert set(shown) == {setting["label"] for setting in reports(folder)[0]["settings"]}  # no arm is left out
+
+
+def test_the_projects_tables_are_those_of_the_records():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    checked = 0
+    for start, header, rows in tables(text):
+        if kind(header, rows) is check_outcomes:
+            folder = ROOT / re.findall(r"benchmarks/results/\w+", text[:start])[-1]
+            shown = check_outcomes(folder, header, rows)
+            assert sorted(shown) == sorted(setting["label"] for setting in reports(folder)[0]["settings"])
+            checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"benchmarks/results/{f.name}/README.md" for f in FOLDERS)])
+def test_every_interval_that_is_stated_is_one_of_the_reports(page):
+    """In prose, too, where the sign may be in the words; a p-value is that of the same comparison."""
+    known = []
+    for folder in FOLDERS:
+        if page in ("README.md", f"benchmarks/results/{folder.name}/README.md"):
+            for report in reports(folder):
+                holm = {(f["setting"], f["endpoint"]): f["p_value_holm"] for f in report["family"]}
+                known += [(e, ()) for s in report["settings"] for e in s["outcome"].values()]
+                known += [(e, ()) for s in report["settings"] for g in s["by_source"].values() for e in g.values()]
+                known += [(row, ()) for row in report["by_source"]]
+                known += [(c, (c["p_value"], holm.get((c["setting"], c["endpoint"])))) for c in report["comparisons"]]
+    stated = INTERVAL.findall(" ".join((ROOT / page).read_text(encoding="utf-8").split()))
+    assert stated
+    for *printed, p in stated:
+        fitting = [ps for estimate, ps in known if same(printed, estimate) or same(printed, negative(estimate))]
+        assert fitting, f"{page}: no report has {printed}"
+        assert not p or any(agrees(p, value) for ps in fitting for value in ps), f"{page}: p of {printed} is not {p}"
+
+
+@every_folder
+def test_the_runs_are_those_of_a_protocol(folder):
+    report = reports(folder)[0]
     assert report["split"] == "test"
-    assert {setting["steps"][-1] for setting in report["settings"]} == {200}
+    assert len({setting["steps"][-1] for setting in report["settings"]}) == 1
     assert all(len(set(s["seeds"])) == s["num_runs"] for s in report["settings"])
+    assert {run.arm for run in runs(folder)} <= {path.stem for path in (folder / "arms").glob("*.yaml")}
+
+
+def test_the_papers_standard_errors():
+    """Of its own row of GRPO, over 2,048 problems."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (rows,) = [rows for _, header, rows in tables(text) if header[0] == "paper"]
+    for rate, error in zip(rows[0][1:], rows[-1][1:], strict=True):
+        assert agrees(error, (float(rate) * (1 - float(rate)) / 2048) ** 0.5)

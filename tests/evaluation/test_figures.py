@@ -48,31 +48,95 @@ def points(axis):
     return found
 
 
+def by_label(report):
+    return {setting["label"]: setting for setting in report["settings"]}
+
+
+LABELS = ["weight 0", "weight 0.1, JSD", "weight 1, JSD", "weight 1, ForwardKL"]  # JSD's two weights are one curve
+
+
+def outcomes(report, labels, metric):
+    return [by_label(report)[label]["outcome"][metric]["value"] for label in labels]
+
+
 def test_the_trade_off_shows_every_setting_with_its_intervals(report, figures):
     plane, over_weight = figures["tradeoff"].axes
     found = points(plane)
-    assert list(found) == [
-        "weight 0 (2 runs)", "weight 0.1, JSD (2 runs)", "weight 1, ForwardKL (1 run)", "weight 1, JSD (1 run)"
-    ]  # fmt: skip
-    for (x, y, ends), setting in zip(found.values(), report["settings"], strict=True):
-        outcome = setting["outcome"]
+    assert list(found) == [f"{label} ({n} run{'s' * (n > 1)})" for label, n in zip(LABELS, (2, 2, 1, 1), strict=True)]
+    for (x, y, ends), label in zip(found.values(), LABELS, strict=True):
+        outcome = by_label(report)[label]["outcome"]
         assert (x, y) == pytest.approx((outcome["greedy_accuracy"]["value"], outcome["pass@8"]["value"]))
         if outcome["pass@8"]["low"] is not None:
             assert sorted(ends) == pytest.approx([outcome["pass@8"]["low"], outcome["pass@8"]["high"]])
     assert sum(s["outcome"]["pass@8"]["low"] is not None for s in report["settings"]) == 2
-    assert [text.get_text() for text in plane.texts] == ["λ=0", "λ=0.1", "λ=1", "λ=1"]
+    notes = {text.xy: text.get_text() for text in plane.texts}
+    weights = dict(zip(LABELS, ("λ=0", "λ=0.1", "λ=1", "λ=1"), strict=True))
+    assert notes == {found[f"{label} ({n} run{'s' * (n > 1)})"][:2]: weights[label]
+                     for label, n in zip(LABELS, (2, 2, 1, 1), strict=True)}  # fmt: skip
     # One curve: 0, 0.1 and 1 differ in the weight alone; forward KL has one weight.
     assert [label.get_text() for label in over_weight.get_xticklabels()] == ["0", "0.1", "1"]
-    curve = over_weight.containers[1][0]
-    own = [s for s in report["settings"] if "ForwardKL" not in s["label"]]
-    assert curve.get_ydata() == pytest.approx([s["outcome"]["pass@8"]["value"] for s in own])
-    assert over_weight.containers[1].get_label() == "pass@8"
+    for bars, metric, style in zip(over_weight.containers, ("pass@8", "greedy_accuracy"), ("-", "--"), strict=True):
+        assert bars[0].get_ydata() == pytest.approx(outcomes(report, LABELS[:3], metric))
+        assert bars[0].get_linestyle() == style
+    assert over_weight.containers[0].get_label() == "JSD"
+
+
+def altered(report, outcomes=None, values=None):
+    """The report with other outcomes of pass@8, or other values of the settings."""
+    settings = []
+    for setting in report["settings"]:
+        new = (outcomes or {}).get(setting["label"])
+        outcome = setting["outcome"] | (
+            {"pass@8": {"value": new, "low": None, "high": None}} if new is not None else {}
+        )
+        more = (values or {}).get(setting["label"], {})
+        settings.append(setting | {"outcome": outcome, "values": setting["values"] | more})
+    return report | {"settings": settings}
+
+
+@pytest.fixture
+def axes_of(tmp_path, monkeypatch):
+    """Draws a report, and returns the axes of its trade-off."""
+    from matplotlib import pyplot as plt
+
+    def drawn(report):
+        kept = []
+        with monkeypatch.context() as patch:
+            patch.setattr(plt, "close", kept.append)
+            draw(report, tmp_path)
+        return kept[0].axes
+
+    yield drawn
+    plt.close("all")
+
+
+def test_a_destroyed_policy_does_not_squeeze_the_others(report, axes_of):
+    everything, near, _ = axes_of(altered(report, {LABELS[0]: 0.7, LABELS[1]: 0.8, LABELS[2]: 0.1, LABELS[3]: 0.51}))
+    assert len(points(everything)) == 4
+    assert [text.get_text() for text in everything.texts] == ["λ=1"]  # the other weights stand in the second panel
+    assert [label.rpartition(" (")[0] for label in points(near)] == [LABELS[i] for i in (0, 1, 3)]
+    assert near.get_ylim()[0] > 0.4
+
+
+def test_a_curve_starts_at_the_run_that_differs_in_the_weight_alone(report, axes_of):
+    over_weight = axes_of(altered(report, values={"weight 0": {"cliffs.resample": 4}}))[-1]
+    assert [label.get_text() for label in over_weight.get_xticklabels()] == ["0.1", "1"]
+    assert over_weight.containers[0][0].get_ydata() == pytest.approx(outcomes(report, LABELS[1:3], "pass@8"))
+
+
+def test_a_curves_settings_share_its_colour_and_differ_in_their_markers(figures):
+    lines = {line.get_label().rpartition(" (")[0]: line for line in figures["steps"].axes[0].lines}
+    assert list(lines) == LABELS
+    colors = [line.get_color() for line in lines.values()]
+    assert colors == ["C0", "C1", "C1", "C2"]
+    marks = [(line.get_marker(), line.get_linestyle()) for line in lines.values()]
+    assert marks == [("o", "-"), ("o", "-"), ("s", "--"), ("o", "-")]
 
 
 def test_sources_stand_apart(report, figures):
     _, axis = figures["sources"].axes
     assert [label.get_text() for label in axis.get_xticklabels()] == ["gsm8k", "math"]
-    for bars, setting in zip(axis.containers, report["settings"], strict=True):
+    for bars, setting in zip(axis.containers, map(by_label(report).get, LABELS), strict=True):
         expected = [setting["by_source"][source]["pass@8"]["value"] for source in ("gsm8k", "math")]
         assert bars[0].get_ydata() == pytest.approx(expected)
 
@@ -80,7 +144,7 @@ def test_sources_stand_apart(report, figures):
 def test_curves_stand_at_their_steps(report, figures):
     greedy, top, cliffs, privileged = figures["steps"].axes
     for axis, name in ((greedy, "greedy_accuracy"), (top, "pass@8")):
-        for line, setting in zip(axis.lines, report["settings"], strict=True):
+        for line, setting in zip(axis.lines, map(by_label(report).get, LABELS), strict=True):
             assert line.get_xdata().tolist() == [0, 20, 40]
             assert line.get_ydata() == pytest.approx([setting["curves"][name][s]["value"] for s in (0, 20, 40)])
     assert [line.get_ydata() for line in cliffs.lines] == [pytest.approx([v] * 2) for v in (0.15, 0.15, 0.1, 0.1)]
