@@ -17,6 +17,7 @@ from hdpo.errors import ConfigError, first_line
 from hdpo.files import resolve_path
 from hdpo.functional.logprobs import CHUNK_ELEMENTS as _CHUNKS
 from hdpo.generation.transformers import _SAMPLE_ELEMENTS
+from hdpo.policy.architecture import check_architecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,12 +51,14 @@ def policy_config(path: str, revision: str | None = None) -> Any:
     if qwen := re.fullmatch(r"Qwen/Qwen2\.5-(?:Math-|Coder-)?(0\.5|1\.5|7)B(?:-Instruct)?", path):
         return AutoConfig.for_model("qwen2", **dict(zip(_QWEN25_KEYS, _QWEN25[qwen[1]], strict=True)))
     try:
-        return AutoConfig.from_pretrained(resolve_path(path), revision=revision)
+        config = AutoConfig.from_pretrained(resolve_path(path), revision=revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.policy.path: cannot read the configuration of {path!r} ({first_line(error)}). Give a hub id that "
             "this machine can reach, or a local folder with config.json"
         ) from error
+    check_architecture(config)
+    return config
 
 
 class Shape(NamedTuple):

@@ -21,6 +21,7 @@ from hdpo.errors import ConfigError, first_line
 from hdpo.experience import Sequences
 from hdpo.files import resolve_path
 from hdpo.functional.logprobs import selected_logps, topk_logits
+from hdpo.policy.architecture import check_architecture
 from hdpo.policy.attention import (
     MASKED_KINDS,
     PrefixCache,
@@ -109,17 +110,11 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel, chunk_elements: int | None = None) -> None:
         super().__init__()
-        text = model.config.get_text_config()
-        for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-            if getattr(text, name, None) not in (None, 1, 1.0):
-                raise ConfigError(
-                    f"{model.config.model_type}: its logits pass through {name}, which the chunked output layer "
-                    "does not apply; choose a policy without it"
-                )
+        check_architecture(model.config)
         self.model = model
         self.chunk_elements = chunk_elements
         # Dropout would make the policy that is trained another one than the policy that was sampled.
-        for module in (*model.modules(), text):
+        for module in (*model.modules(), model.config.get_text_config()):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             for name, value in vars(module).items():
@@ -133,17 +128,21 @@ class Policy(nn.Module):
         Raises:
             ConfigError: nothing loadable at ``config.path``; the message names the key.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
+        source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         options: dict[str, Any] = {
-            "revision": config.revision,
+            **source,
             "dtype": getattr(torch, config.dtype),
             "attn_implementation": config.attn_implementation,
-            "trust_remote_code": config.trust_remote_code,
             "output_loading_info": True,
         }
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), **options)
+            path = resolve_path(config.path)
+            check_architecture(AutoConfig.from_pretrained(path, **source))
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        except ConfigError:
+            raise
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise _load_error("causal language model", config.path, error) from error
         model, info = loaded
