@@ -180,8 +180,8 @@ class HDPOModule(LightningModule):
                 f"model.policy.path: the policy has {policy.vocab_size} tokens, but its tokenizer "
                 f"{len(self.tokenizer)}: take the tokenizer that the policy was trained with, or resize its embeddings"
             )
-        if self.device_mesh is not None:
-            shard_policy(policy, self.device_mesh["data_parallel"])
+        mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
+        shard_policy(policy, mesh, self.policy_config.gather_dtype)
         return policy
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -57,6 +57,9 @@ class PolicyConfig:
             are rounded away. The computation's dtype is ``trainer.precision``.
         attn_implementation: attention of transformers: ``sdpa``, ``flash_attention_2``, ``eager``.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more compute.
+        gather_dtype: dtype in which FSDP2 gathers weights for the computation, where it is not theirs; gradients are
+            summed in float32. bfloat16 halves what is sent and held of gathered weights, and makes norms and the
+            residual stream bfloat16 too, which ``trainer.precision: bf16-mixed`` leaves in float32.
         trust_remote_code: allow model code from the hub.
         lora: train low-rank matrices in place of the weights (see :class:`~hdpo.policy.lora.LoRAConfig`); null for all
             weights.
@@ -67,6 +70,7 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
+    gather_dtype: Literal["float32", "bfloat16"] | None = None
     trust_remote_code: bool = False
     lora: LoRAConfig | None = None
 
