@@ -57,6 +57,7 @@ UPDATE = {
     "num_minibatches": 3,
     "max_grad_norm": 0.7,
     "micro_batch_tokens": 3000,
+    "sync_every_micro_batch": True,
     "max_skipped_steps": 5,
     "log_gradient_norms": True,
 }
