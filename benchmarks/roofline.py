@@ -152,6 +152,7 @@ def main() -> None:
         for bounds in (engine._SAMPLE_ELEMENTS, logprobs.CHUNK_ELEMENTS):
             if isinstance(bounds, dict):  # those of a GPU
                 stack.enter_context(patch.dict(bounds, cpu=bounds["cuda"]))
+        stack.enter_context(patch.object(logprobs, "_multiplies_into_float32", lambda device: True))
         rows = [decoding(args.shape, 512, 300), *(update(args.shape, *setting) for setting in settings)]
     report(rows, args, environment())
 

@@ -39,8 +39,8 @@ class UpdateConfig:
         max_grad_norm: gradients are clipped to this norm; null for no clipping.
         micro_batch_tokens: tokens (padding included) of one forward and backward pass on one rank. It changes memory
             and speed, not the result.
-        sync_every_micro_batch: average gradients over ranks in every micro-batch, not once per update. Under FSDP2 a rank
-            then keeps its share of them instead of all, for one more exchange per micro-batch: where memory binds.
+        sync_every_micro_batch: average gradients over ranks in every micro-batch, not once per update. Under FSDP2 a
+            rank then keeps its share of them instead of all, for more traffic: where memory binds.
         max_skipped_steps: training stops itself after as many steps in a row whose loss or gradient norm was not
             finite. Such a step is skipped: weights, optimizer state, teacher and schedule stay as they are.
         log_gradient_norms: log the norms of the gradients of the policy losses and of the distillation apart, before

@@ -487,6 +487,7 @@ def test_weights_gathered_in_bfloat16_give_the_gradients_within_its_rounding(ran
         assert default["dtypes"] == same["dtypes"] == {(torch.float32, "input"), (torch.float32, "weight")}
         assert rounded["dtypes"] == {(torch.bfloat16, "input"), (torch.bfloat16, "weight")}
         assert {g.dtype for g in rounded["gradients"]} == {torch.float32}
+        assert not any(torch.equal(g, g.bfloat16().float()) for g in rounded["gradients"]), "summed in 16 bits"
         distance = relative(rounded["gradients"], default["gradients"])
         assert 0 < distance < ROUNDINGS * torch.finfo(torch.bfloat16).eps / 2
         whole = random_policy("qwen2", dtype=torch.float32)
