@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "all_max",
     "all_sum",
+    "decoder_layers",
     "full_state_dict",
     "gather_objects",
     "gathered_parameters",
@@ -84,6 +85,12 @@ def merged_means(measurements: Measurements) -> dict[str, float]:
     return merged.means()
 
 
+def decoder_layers(backbone: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder layers of a model; empty where it has no list of modules."""
+    lists = (m for m in backbone.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 0)
+    return next(lists, torch.nn.ModuleList())
+
+
 def shard_policy(policy: Policy, mesh: DeviceMesh | None, gather_dtype: str | None = None) -> None:
     """Shard a policy with FSDP2: each decoder layer is a unit, embeddings and output layer belong to the root.
 
@@ -106,14 +113,12 @@ def shard_policy(policy: Policy, mesh: DeviceMesh | None, gather_dtype: str | No
     if policy.has_adapter:
         raise ConfigError("model.policy.lora cannot be sharded by FSDP2: take --config strategy/ddp, or set it to null")
 
-    layers = next(
-        (m for m in policy.backbone.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 0),
-        torch.nn.ModuleList(),
-    )
     precision = MixedPrecisionPolicy()
     if gather_dtype is not None:
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, gather_dtype), reduce_dtype=torch.float32)
-    units: list[Any] = [fully_shard(module, mesh=mesh, mp_policy=precision) for module in (*layers, policy)]
+    units: list[Any] = [
+        fully_shard(module, mesh=mesh, mp_policy=precision) for module in (*decoder_layers(policy.backbone), policy)
+    ]
     # By default a backward pass gathers weights ahead in the reverse order of all forward passes since the last one,
     # those without gradient included. Their number differs from rank to rank (a rank without cliffs decodes no
     # privileged rollouts), so that ranks would wait for different weights. With a fixed order it depends on nothing;

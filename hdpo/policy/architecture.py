@@ -1,12 +1,17 @@
-"""Which architectures can be trained here: refused from their configuration, before any weight is read."""
+"""Which architectures can be trained here, and how their decoder layers are compiled."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+from torch import nn
+
+from hdpo.distributed import decoder_layers
 from hdpo.errors import ConfigError
 
-__all__ = ["check_architecture"]
+__all__ = ["check_architecture", "compile_layers", "is_compiled", "layers_uncompiled"]
 
 _LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 #: As Qwen, Mixtral and gpt-oss, DeepSeek, DBRX and Ernie call the number of a layer's experts.
@@ -38,3 +43,19 @@ def check_architecture(config: Any) -> None:
                 "cannot be trained here: engine and policy would route the same token to different experts, and vLLM "
                 "names their weights otherwise; choose a dense policy"
             )
+
+
+def compile_layers(backbone: nn.Module) -> None:
+    """Compile each decoder layer in place, once for all lengths; names of weights stay."""
+    for layer in decoder_layers(backbone):
+        layer.compile(dynamic=True)
+
+
+def is_compiled(backbone: nn.Module) -> bool:
+    """Whether :func:`compile_layers` has been here."""
+    return any(layer._compiled_call_impl is not None for layer in decoder_layers(backbone))
+
+
+def layers_uncompiled(backbone: nn.Module) -> AbstractContextManager[Any]:
+    """Let layers run as they are: a cache that grows would have them compiled again and again."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(backbone) else nullcontext()

@@ -21,7 +21,7 @@ from hdpo.errors import ConfigError, first_line
 from hdpo.experience import Sequences
 from hdpo.files import resolve_path
 from hdpo.functional.logprobs import selected_logps, topk_logits
-from hdpo.policy.architecture import check_architecture
+from hdpo.policy.architecture import check_architecture, compile_layers, is_compiled
 from hdpo.policy.attention import (
     MASKED_KINDS,
     PrefixCache,
@@ -57,6 +57,8 @@ class PolicyConfig:
             are rounded away. The computation's dtype is ``trainer.precision``.
         attn_implementation: attention of transformers: ``sdpa``, ``flash_attention_2``, ``eager``.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more compute.
+        compile: compile the decoder layers (``torch.compile``): fewer passes over memory in the update, for a minute or
+            two at its start. Checkpoints are the same.
         gather_dtype: dtype in which FSDP2 gathers weights for the computation, where it is not theirs; gradients are
             summed in float32. bfloat16 halves what is sent and held of gathered weights, and makes norms and the
             residual stream bfloat16 too, which ``trainer.precision: bf16-mixed`` leaves in float32.
@@ -70,6 +72,7 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
+    compile: bool = False
     gather_dtype: Literal["float32", "bfloat16"] | None = None
     trust_remote_code: bool = False
     lora: LoRAConfig | None = None
@@ -163,6 +166,8 @@ class Policy(nn.Module):
         model.config.use_cache = False
         if config.lora is not None:
             add_adapter(model, config.lora)
+        if config.compile:
+            compile_layers(model.base_model)
         return cls(model)
 
     @property
@@ -227,9 +232,13 @@ class Policy(nn.Module):
         return pack(sequences, token_budget, ("padded", "shared") if self._shares_prefixes() else ("padded",))
 
     def _shares_prefixes(self) -> bool:
-        # Recomputed layers take no cache. A sharded policy would gather its weights for the prompts once more, and all
+        # Recomputed layers take no cache, compiled ones none that grows. A sharded policy would gather its weights for the prompts once more, and all
         # ranks would have to agree on the layout.
-        if self.model.is_gradient_checkpointing or any(hasattr(p, "device_mesh") for p in self.parameters()):
+        if (
+            self.model.is_gradient_checkpointing
+            or is_compiled(self.backbone)
+            or any(hasattr(p, "device_mesh") for p in self.parameters())
+        ):
             return False
         return set(attention_kinds(self.model)) <= MASKED_KINDS
 
