@@ -116,9 +116,8 @@ def shard_policy(policy: Policy, mesh: DeviceMesh | None, gather_dtype: str | No
     precision = MixedPrecisionPolicy()
     if gather_dtype is not None:
         precision = MixedPrecisionPolicy(param_dtype=getattr(torch, gather_dtype), reduce_dtype=torch.float32)
-    units: list[Any] = [
-        fully_shard(module, mesh=mesh, mp_policy=precision) for module in (*decoder_layers(policy.backbone), policy)
-    ]
+    layers = decoder_layers(policy.backbone)
+    units: list[Any] = [fully_shard(module, mesh=mesh, mp_policy=precision) for module in (*layers, policy)]
     # By default a backward pass gathers weights ahead in the reverse order of all forward passes since the last one,
     # those without gradient included. Their number differs from rank to rank (a rank without cliffs decodes no
     # privileged rollouts), so that ranks would wait for different weights. With a fixed order it depends on nothing;

@@ -232,13 +232,10 @@ class Policy(nn.Module):
         return pack(sequences, token_budget, ("padded", "shared") if self._shares_prefixes() else ("padded",))
 
     def _shares_prefixes(self) -> bool:
-        # Recomputed layers take no cache, compiled ones none that grows. A sharded policy would gather its weights for the prompts once more, and all
-        # ranks would have to agree on the layout.
-        if (
-            self.model.is_gradient_checkpointing
-            or is_compiled(self.backbone)
-            or any(hasattr(p, "device_mesh") for p in self.parameters())
-        ):
+        # Recomputed layers take no cache, compiled ones none that grows. A sharded policy would gather its weights for
+        # the prompts once more, and all ranks would have to agree on the layout.
+        sharded = any(hasattr(p, "device_mesh") for p in self.parameters())
+        if self.model.is_gradient_checkpointing or is_compiled(self.backbone) or sharded:
             return False
         return set(attention_kinds(self.model)) <= MASKED_KINDS
 
