@@ -26,6 +26,7 @@ from hdpo.functional import derive_seeds
 from hdpo.generation import SamplingConfig, TransformersEngine
 from hdpo.generation.weights import named_weights, weights_fingerprint
 from hdpo.policy import Policy, TokenBatch
+from hdpo.policy.architecture import compile_layers
 
 LARGE = "Qwen2.5-1.5B"
 #: Share of the peak that the roofline allows an update at 1.5B, by (recomputation, tokens of a micro-batch).
@@ -143,14 +144,13 @@ def weights(size: str) -> dict[str, Any]:
 
 
 def compiled(size: str) -> dict[str, Any]:
-    """A forward and backward pass with decoder layers that torch.compile has seen; hdpo has no such option yet."""
+    """A forward and backward pass with ``model.policy.compile``."""
     if not ON_GPU:
         return {"ok": None, "skipped": "no GPU"}
     subject = policy(size, LARGE).train()
     batch = _micro_batch(subject, 8_192)
     eager = seconds(lambda: _pass(subject, batch))
-    for layer in subject.model.model.layers:
-        layer.compile(dynamic=True)
+    compile_layers(subject.backbone)
     return {"eager_s": eager, "compiled_s": seconds(lambda: _pass(subject, batch))}
 
 

@@ -50,7 +50,9 @@ class Roofline(counting.Counts):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         flops = 0.0
         if func._overloadpacket in flop_registry:
-            flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+            matrices = [x for x in args if not isinstance(x, torch.dtype)]  # of what products are, where it is said
+            options = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+            flops = flop_registry[func._overloadpacket](*matrices, **options, out_val=out)
         elif "attention" in func._schema.name:  # of a CPU: two products forward, five backward; half of them causal
             backward = "backward" in func._schema.name
             query, key = args[1:3] if backward else args[:2]
@@ -152,6 +154,7 @@ def main() -> None:
         for bounds in (engine._SAMPLE_ELEMENTS, logprobs.CHUNK_ELEMENTS):
             if isinstance(bounds, dict):  # those of a GPU
                 stack.enter_context(patch.dict(bounds, cpu=bounds["cuda"]))
+        stack.enter_context(patch.object(logprobs, "_multiplies_into_float32", lambda device: True))
         rows = [decoding(args.shape, 512, 300), *(update(args.shape, *setting) for setting in settings)]
     report(rows, args, environment())
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "all_max",
     "all_sum",
+    "decoder_layers",
     "full_state_dict",
     "gather_objects",
     "gathered_parameters",
@@ -84,24 +85,39 @@ def merged_means(measurements: Measurements) -> dict[str, float]:
     return merged.means()
 
 
-def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
+def decoder_layers(backbone: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder layers of a model; empty where it has no list of modules."""
+    lists = (m for m in backbone.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 0)
+    return next(lists, torch.nn.ModuleList())
+
+
+def shard_policy(policy: Policy, mesh: DeviceMesh | None, gather_dtype: str | None = None) -> None:
     """Shard a policy with FSDP2: each decoder layer is a unit, embeddings and output layer belong to the root.
 
     The root must be the :class:`~hdpo.policy.Policy` itself, since its ``forward`` applies the output layer.
 
-    Raises:
-        ConfigError: the policy has an adapter.
-    """
-    from torch.distributed.fsdp import fully_shard
+    Args:
+        policy: on any device.
+        mesh: of one dimension; None to leave the policy whole.
+        gather_dtype: of :class:`~hdpo.policy.PolicyConfig`.
 
+    Raises:
+        ConfigError: the policy has an adapter, or it stays whole and has a dtype to be gathered in.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if mesh is None:
+        if gather_dtype is not None:
+            raise ConfigError("model.policy.gather_dtype is for FSDP2: set it to null, or take --config strategy/fsdp2")
+        return
     if policy.has_adapter:
         raise ConfigError("model.policy.lora cannot be sharded by FSDP2: take --config strategy/ddp, or set it to null")
 
-    layers = next(
-        (m for m in policy.backbone.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 0),
-        torch.nn.ModuleList(),
-    )
-    units: list[Any] = [fully_shard(module, mesh=mesh) for module in (*layers, policy)]
+    precision = MixedPrecisionPolicy()
+    if gather_dtype is not None:
+        precision = MixedPrecisionPolicy(param_dtype=getattr(torch, gather_dtype), reduce_dtype=torch.float32)
+    layers = decoder_layers(policy.backbone)
+    units: list[Any] = [fully_shard(module, mesh=mesh, mp_policy=precision) for module in (*layers, policy)]
     # By default a backward pass gathers weights ahead in the reverse order of all forward passes since the last one,
     # those without gradient included. Their number differs from rank to rank (a rank without cliffs decodes no
     # privileged rollouts), so that ranks would wait for different weights. With a fixed order it depends on nothing;

@@ -180,8 +180,8 @@ class HDPOModule(LightningModule):
                 f"model.policy.path: the policy has {policy.vocab_size} tokens, but its tokenizer "
                 f"{len(self.tokenizer)}: take the tokenizer that the policy was trained with, or resize its embeddings"
             )
-        if self.device_mesh is not None:
-            shard_policy(policy, self.device_mesh["data_parallel"])
+        mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
+        shard_policy(policy, mesh, self.policy_config.gather_dtype)
         return policy
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -266,9 +266,9 @@ class HDPOModule(LightningModule):
         """Count the successes of the sampled and the greedy completions."""
         assert batch.rollouts is not None, "RolloutGeneration completes the experience first"
         assert batch.greedy is not None, "RolloutGeneration completes the experience first"
-        prompts, greedy = batch.prompts, batch.greedy.success[:, 0]
-        valid = prompts.valid.to(self.device)
-        self.scores.update(batch.rollouts.success, greedy, prompts.source, valid, prompts.dataset)
+        prompts, correct, greedy = batch.prompts, batch.rollouts.success, batch.greedy.success[:, 0]
+        correct, greedy, valid = (x.to(self.device) for x in (correct, greedy, prompts.valid))
+        self.scores.update(correct, greedy, prompts.source, valid, prompts.dataset)
 
     def test_step(self, batch: Experience, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As :meth:`validation_step`."""

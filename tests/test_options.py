@@ -16,6 +16,7 @@ from hdpo.losses import UpdateConfig
 from hdpo.module import HDPOModule
 from hdpo.optim import LinearWarmup, paper_adamw
 from hdpo.policy import PolicyConfig
+from hdpo.policy.architecture import is_compiled
 from tests.helpers import toy
 from tests.helpers.command_line import fit
 from tests.helpers.record import Captured, Recorder, StepTape, StopAtStart
@@ -59,6 +60,7 @@ UPDATE = {
     "num_minibatches": 3,
     "max_grad_norm": 0.7,
     "micro_batch_tokens": 3000,
+    "sync_every_micro_batch": True,
     "max_skipped_steps": 5,
     "log_gradient_norms": True,
 }
@@ -90,7 +92,12 @@ EVALUATION = {"before_fit": False, "after_fit": False, "summary": False}
 EVERYTHING = {
     "seed_everything": 7,
     "model": {
-        "policy": {"path": "pkg://hdpo.lab/policy", "dtype": "float64", "gradient_checkpointing": True},
+        "policy": {
+            "path": "pkg://hdpo.lab/policy",
+            "dtype": "float64",
+            "gradient_checkpointing": True,
+            "compile": True,
+        },
         "engine": {"init_args": {"max_sequences": 33, "compaction": 0.5, "use_drafts": False}},
         "verifier": {"init_args": {"profile": "nemo", "num_workers": 1, "timeout": 7.0, "batch_timeout": 70.0}},
         "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.25, "momentum": 0.5}},
@@ -150,6 +157,7 @@ def test_everything_that_yaml_says_is_what_is_built(workplace):
     assert attributes(module.verifier, verifier) == verifier
     assert {p.dtype for p in module.student.parameters()} == {torch.float64}
     assert module.student.model.is_gradient_checkpointing
+    assert is_compiled(module.student.backbone)
     (optimizer,) = trainer.optimizers
     assert (type(optimizer), optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (torch.optim.SGD, 0.25, 0.5)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(module.student.parameters()))

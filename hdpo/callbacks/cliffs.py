@@ -74,13 +74,12 @@ class CliffDetection(Callback):
         completion_ids = torch.zeros(mask.shape, dtype=torch.int64)
         completion_ids[mask] = torch.tensor([token for x in ids for token in x], dtype=torch.int64)
         batch.measurements.add("spent/solutions", sum(map(bool, ids)), None)
-        device = module.device
         return Rollouts(
-            completion_ids=completion_ids.to(device),
-            completion_mask=mask.to(device),
-            sampler_logps=torch.zeros(mask.shape, device=device),
-            truncated=torch.zeros(lengths.shape, dtype=torch.bool, device=device),
-            rewards=(lengths > 0).float().to(device),
+            completion_ids=completion_ids,
+            completion_mask=mask,
+            sampler_logps=torch.zeros(mask.shape),
+            truncated=torch.zeros(lengths.shape, dtype=torch.bool),
+            rewards=(lengths > 0).float(),
             outcomes=[["correct" if x else "none"] for x in ids],
             texts=[[batch.prompts.solution[i] if x else ""] for i, x in enumerate(ids)],
         )

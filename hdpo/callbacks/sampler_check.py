@@ -104,6 +104,7 @@ class SamplerCheck:
                 token_budget=1,
                 temperature=temperature,
             )
+        logps = [p.cpu() for p in logps]
         if not all(bool(p.isfinite().all()) for p in logps):
             raise TrainingStopped(
                 f"the policy's log-probabilities are not finite after step {trainer.global_step}: training has "

@@ -40,7 +40,7 @@ def sample(
     drafts: Sequence[str] | None = None,
     policy: Policy | None = None,
 ) -> Completions:
-    """Sample S completions for each of N prompts.
+    """Sample S completions for each of N prompts; they are on the CPU, where all is decided that follows from them.
 
     Args:
         trainer: whose precision the engine samples in (Lightning enters autocast only around its own steps).
@@ -55,7 +55,7 @@ def sample(
     """
     with timed(measured, phase), trainer.precision_plugin.forward_context():
         guesses = [module.tokenizer.encode(text, add_special_tokens=False) for text in drafts] if drafts else None
-        completions = module.engine.generate(policy or module.student, prompts, seeds, sampling, guesses)
+        completions = module.engine.generate(policy or module.student, prompts, seeds, sampling, guesses).cpu()
     measured.add("spent/completions", seeds.numel(), None)
     measured.add("spent/tokens", completions.mask.sum(), None)
     return completions
@@ -104,9 +104,7 @@ def graded(
         completion_mask=completions.mask,
         sampler_logps=completions.logps,
         truncated=completions.truncated,
-        rewards=torch.tensor([g.reward for g in grades], device=completions.ids.device).view(
-            completions.truncated.shape
-        ),
+        rewards=torch.tensor([g.reward for g in grades]).view(completions.truncated.shape),
         outcomes=[outcomes[i : i + num_samples] for i in groups],
         texts=[texts[i : i + num_samples] for i in groups],
     )

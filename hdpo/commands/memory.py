@@ -17,6 +17,7 @@ from hdpo.errors import ConfigError, first_line
 from hdpo.files import resolve_path
 from hdpo.functional.logprobs import CHUNK_ELEMENTS as _CHUNKS
 from hdpo.generation.transformers import _SAMPLE_ELEMENTS
+from hdpo.policy.architecture import check_architecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,12 +51,14 @@ def policy_config(path: str, revision: str | None = None) -> Any:
     if qwen := re.fullmatch(r"Qwen/Qwen2\.5-(?:Math-|Coder-)?(0\.5|1\.5|7)B(?:-Instruct)?", path):
         return AutoConfig.for_model("qwen2", **dict(zip(_QWEN25_KEYS, _QWEN25[qwen[1]], strict=True)))
     try:
-        return AutoConfig.from_pretrained(resolve_path(path), revision=revision)
+        config = AutoConfig.from_pretrained(resolve_path(path), revision=revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.policy.path: cannot read the configuration of {path!r} ({first_line(error)}). Give a hub id that "
             "this machine can reach, or a local folder with config.json"
         ) from error
+    check_architecture(config)
+    return config
 
 
 class Shape(NamedTuple):
@@ -252,9 +255,19 @@ def memory(shape: Shape, config: Config, devices: int, gpu_bytes: int) -> dict[s
         always += policy  # DDP's buckets, in which the gradients may lie
         if config.get("trainer.strategy.gradient_as_bucket_view"):
             gradients = optimized = 0
-    # FSDP2 gathers the root (embedding and output layer), which it holds twice meanwhile, and two layers.
-    root = shape.head * (1 if shape.tied else 2) * w if sharded else 0
-    gathered = root + (2 * shape.layer * w if sharded else 0)
+    # FSDP2 gathers the root (embedding and output layer), which it holds twice meanwhile, and two layers; it computes
+    # in the dtype in which it gathers.
+    computed, root, gathered = config, 0, 0
+    if sharded:
+        computed = {
+            **config,
+            "model.policy.dtype": config.get("model.policy.gather_dtype") or config["model.policy.dtype"],
+        }
+        g = _bytes(computed)[0]
+        root = shape.head * (1 if shape.tied else 2) * g
+        gathered = root + 2 * shape.layer * g
+        if config["model.update.sync_every_micro_batch"]:  # whole, and once more to be summed, are those of the root
+            gradients = ours + 2 * 4 * (shape.head * (1 if shape.tied else 2) + shape.layer)
     if "VLLM" in config["model.engine"]:
         share, kv_cache = config["model.engine.gpu_memory_utilization"], config.get("model.engine.kv_cache_gib")
         share = int(share * gpu_bytes) if kv_cache is None else vllm_bytes(shape, config) + int(kv_cache * GIB)
@@ -267,9 +280,9 @@ def memory(shape: Shape, config: Config, devices: int, gpu_bytes: int) -> dict[s
     # A micro-batch holds its bound of tokens, or one sequence that is longer.
     budget = config["model.update.micro_batch_tokens"]
     if work.read:
-        found["teacher"] = always + gathered + max(root, _forward(shape, config, max(budget, work.read)))
-    # Gradients are whole on each GPU until the last micro-batch, under FSDP2 too.
-    update = _update(shape, config, max(budget, work.trained))
+        found["teacher"] = always + gathered + max(root, _forward(shape, computed, max(budget, work.read)))
+    # Gradients are whole on each GPU until the last micro-batch, under FSDP2 too unless they are averaged in each.
+    update = _update(shape, computed, max(budget, work.trained))
     found["update"] = always + gradients + gathered + max(root, update)
     if config["model.update.log_gradient_norms"]:  # of the policy losses, and then of what was added to it
         found["update"] = max(found["update"] + ours, always + 3 * ours)

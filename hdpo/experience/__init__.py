@@ -87,5 +87,5 @@ class Experience:
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "measurements"}
 
     def to(self, device: torch.device | str, **_: object) -> Experience:
-        """Return self: prompts are Python lists, and each station creates its tensors on the module's device."""
+        """Return self: prompts and rollouts stay on the CPU; micro-batches go to the policy's device."""
         return self

@@ -33,6 +33,10 @@ class Completions:
     logps: Tensor
     truncated: Tensor
 
+    def cpu(self) -> Completions:
+        """Return these completions on the CPU."""
+        return Completions(self.ids.cpu(), self.mask.cpu(), self.logps.cpu(), self.truncated.cpu())
+
     def token_lists(self) -> list[list[list[int]]]:
         """Return the sampled ids without padding, as nested lists ``[N][S][length]``."""
         return _token_lists(self.ids, self.mask)
@@ -47,7 +51,7 @@ def _token_lists(ids: Tensor, mask: Tensor) -> list[list[list[int]]]:
 
 @dataclass
 class Rollouts:
-    """K scored completions per prompt.
+    """K scored completions per prompt, on the CPU: what is trained on them is decided without waiting for a GPU.
 
     Attributes:
         completion_ids: ``[B, K, T]`` int64, padded on the right.

@@ -13,13 +13,14 @@ take several times the memory (benchmarks/RESULTS.md). None gathers a teacher's 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["chunk_rows", "selected_logps", "topk_logits"]
+__all__ = ["chunk_rows", "selected_logps", "topk_logits", "wide_logits"]
 
 #: Default bound on the elements of one chunk of logits, by device. In float32 they take 128 MiB on a CPU and 1 GiB on
 #: a GPU, where each chunk also reads and writes the output layer's gradient (0.9 GiB each at 1.5B) once.
@@ -36,10 +37,39 @@ def chunk_rows(vocab_size: int, chunk_elements: int | None = None, device: str =
     return max(1, (chunk_elements or CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"])) // vocab_size)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """Logits in float32 (or float64 for float64 inputs), divided by the temperature."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+@cache
+def _multiplies_into_float32(device: str) -> bool:
+    """Whether matrices of 16 bits can be multiplied, and added up, without rounding the sums to 16 bits on a device.
+
+    torch has no such kernel for a CPU. Elsewhere it is tried, since not every backend has it.
+    """
+    if device == "cpu":
+        return False
+    one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        total = torch.mm(one, one, out_dtype=torch.float32)
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 32).all())
+
+
+def _widens(matrix: Tensor) -> bool:
+    return matrix.dtype in (torch.bfloat16, torch.float16) and _multiplies_into_float32(matrix.device.type)
+
+
+def wide_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
+    """Logits in float32 (or float64 for float64 inputs), divided by the temperature.
+
+    Where the device can, products of 16-bit numbers are not rounded to 16 bits first: of a logit of 30 that takes up to
+    1/16 away.
+    """
+    if _widens(hidden):
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        logits = logits if bias is None else logits.add_(bias)
+    else:
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -65,7 +95,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
-                logits = _logits(hidden[part], weight, bias, temperature)
+                logits = wide_logits(hidden[part], weight, bias, temperature)
                 logsumexps[part] = lse = logits.logsumexp(-1)
                 logps[part] = logits.gather(-1, ids[part]) - lse[:, None]
                 del logits
@@ -87,7 +117,7 @@ class _SelectedLogProbs(torch.autograd.Function):
                 part = slice(start, start + ctx.rows)
                 grads = grad_logps[part]
                 # d logp_s / d logit_v = [v = s] - p_v, hence - p_v * (sum of the incoming gradients) + scatter.
-                delta = _logits(hidden[part], weight, bias, ctx.temperature)
+                delta = wide_logits(hidden[part], weight, bias, ctx.temperature)
                 delta = delta.sub_(logsumexps[part, None]).exp_().mul_(-grads.sum(-1, keepdim=True))
                 delta.scatter_add_(-1, ids[part], grads)
                 if ctx.temperature != 1.0:
@@ -100,6 +130,8 @@ class _SelectedLogProbs(torch.autograd.Function):
                 if grad_weight is not None:
                     if hidden.dtype == grad_weight.dtype:
                         grad_weight.addmm_(delta.t(), hidden[part])
+                    elif _widens(hidden):
+                        torch.addmm(grad_weight, delta.t(), hidden[part], out_dtype=torch.float32, out=grad_weight)
                     else:
                         grad_weight += delta.t() @ hidden[part]
                 del delta  # or it would stay beside the next chunk's logits
@@ -178,7 +210,7 @@ def topk_logits(
     ids, values = [], []
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, max(len(hidden), 1), rows):
-            top = _logits(hidden[start : start + rows], weight, bias, 1.0).topk(k, dim=-1)
+            top = wide_logits(hidden[start : start + rows], weight, bias, 1.0).topk(k, dim=-1)
             values.append(top.values)
             ids.append(top.indices.to(torch.int32))
     return torch.cat(ids), torch.cat(values)

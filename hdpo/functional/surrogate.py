@@ -48,14 +48,13 @@ def _check_aggregation(aggregation: str) -> None:
         raise ValueError(f"aggregation must be one of {', '.join(get_args(Aggregation))}, got {aggregation!r}")
 
 
-def token_weights(lengths: Tensor, aggregation: Aggregation = "token", num_tokens: int | None = None) -> Tensor:
+def token_weights(lengths: Tensor, aggregation: Aggregation = "token") -> Tensor:
     """The weight of each token in the loss's sum, for all tokens of all sequences one after another.
 
     Args:
         lengths: ``[n]`` integers, number of trained tokens of each sequence.
         aggregation: ``"token"``: every token counts the same (weight 1; the paper's choice). ``"sequence"``: every
             sequence counts the same (weight 1 / length).
-        num_tokens: M, where it is known; else it is read from the device.
 
     Returns:
         ``[M]`` float32 with M = ``lengths.sum()``.
@@ -72,7 +71,7 @@ def token_weights(lengths: Tensor, aggregation: Aggregation = "token", num_token
     if aggregation == "sequence":
         # A sequence without tokens repeats its weight zero times; the clamp only avoids 1 / 0.
         per_sequence = per_sequence / lengths.clamp(min=1)
-    return per_sequence.repeat_interleave(lengths, output_size=num_tokens)
+    return per_sequence.repeat_interleave(lengths)
 
 
 def loss_denominator(lengths: Tensor, aggregation: Aggregation = "token") -> Tensor:

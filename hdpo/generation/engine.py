@@ -59,7 +59,7 @@ class GenerationEngine(ABC):
                 or ignore them; the distribution of the completions is the same.
 
         Returns:
-            ``[N, S, T]`` completions on the policy's device, T being the longest sampled length (at least 1).
+            ``[N, S, T]`` completions on any device, T being the longest sampled length (at least 1).
         """
 
     def sync_version(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from hdpo.distributed import gathered_parameters
 from hdpo.errors import ConfigError, check_at_least
 from hdpo.experience import Completions
+from hdpo.functional.logprobs import wide_logits
 from hdpo.functional.random import uniform
 from hdpo.functional.sampling import draw
 from hdpo.generation.cache import SlotCache
@@ -231,8 +232,7 @@ class _Wave:
         drawn = []
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = wide_logits(hidden[part], weight, bias)
             drawn.append(draw(logits, numbers[part], self.sampling.temperature))
         return drawn[0] if len(drawn) == 1 else (torch.cat([d[0] for d in drawn]), torch.cat([d[1] for d in drawn]))
 

@@ -159,7 +159,6 @@ class VLLMEngine(GenerationEngine):
         return completions_of(
             outputs[own.start * num_samples : own.stop * num_samples],
             (own.stop - own.start, num_samples),
-            policy.device,
         )
 
     def sync_version(self) -> int:

@@ -62,7 +62,7 @@ def requests_of(
     return requests, parameters
 
 
-def completions_of(outputs: Sequence[RequestOutput], shape: tuple[int, int], device: torch.device) -> Completions:
+def completions_of(outputs: Sequence[RequestOutput], shape: tuple[int, int]) -> Completions:
     """Pad vLLM's answers, one per sample, to ``[N, S, T]``."""
     results = [output.outputs[0] for output in outputs]
     width = max((len(result.token_ids) for result in results), default=1)
@@ -80,8 +80,8 @@ def completions_of(outputs: Sequence[RequestOutput], shape: tuple[int, int], dev
         logps[i, :length] = torch.tensor(result.logprobs.logprobs)
         truncated[i] = result.finish_reason == "length"
     return Completions(
-        ids.view(*shape, width).to(device),
-        mask.view(*shape, width).to(device),
-        logps.view(*shape, width).to(device),
-        truncated.view(shape).to(device),
+        ids.view(*shape, width),
+        mask.view(*shape, width),
+        logps.view(*shape, width),
+        truncated.view(shape),
     )

@@ -132,11 +132,10 @@ class PolicyLoss(ABC):
         """
         tokens = TokenBatch.from_sequences(items.sequences.select(group), student.device, layout)
         logps = student(tokens, temperature=temperature)
-        num, device = len(tokens.targets), logps.device
-        chosen, lengths = on_device(group, device), on_device(tokens.lengths, device)
-        by_token = partial(_by_token, chosen=chosen, lengths=lengths, num=num)
+        device, lengths = logps.device, torch.tensor(tokens.lengths)
+        by_token = partial(_by_token, group=group, lengths=lengths, device=device)
         counts = by_token(items.counts)
-        weights = token_weights(lengths, self.aggregation, num) * counts
+        weights = on_device(token_weights(lengths, self.aggregation), device) * counts
         # With one update per batch the policy that sampled is the policy that is updated: the ratio is exp(0) = 1, its
         # gradient is that of log pi, and no second forward pass is needed for the old log-probabilities.
         old_logps = torch.cat([items.old_logps[i] for i in group]) if items.old_logps else logps.detach()
@@ -148,10 +147,11 @@ class PolicyLoss(ABC):
             losses = torch.where(written, losses, -advantages * shaped)
         corrected = weights
         if self.sampler_correction == "truncated":
-            sampler = torch.cat([items.sampler_logps[i] for i in group]).to(old_logps)
+            sampler = on_device(torch.cat([items.sampler_logps[i] for i in group]), device).to(old_logps)
             if written is not None:  # what was not sampled has no sampler to be corrected for
                 sampler = sampler.where(written, old_logps)
-            self._measure_ratios(old_logps - sampler, counts, items.counts[chosen], tokens.lengths, measured)
+            by_sequence = on_device(items.counts[group], device)
+            self._measure_ratios(old_logps - sampler, counts, by_sequence, tokens.lengths, measured)
             corrected = weights * sampler_correction(old_logps, sampler, self.sampler_correction_threshold)
         loss = (losses * corrected).sum()
         measured.add(f"loss/{name}", loss, 0.0)
@@ -189,9 +189,9 @@ class PolicyLoss(ABC):
             measured.add(f"sampler/{name}_ratio_max", ratios.max())
 
 
-def _by_token(values: Tensor, chosen: Tensor, lengths: Tensor, num: int) -> Tensor:
-    """For each of ``num`` tokens the value of its sequence."""
-    return values[chosen].repeat_interleave(lengths, output_size=num)
+def _by_token(values: Tensor, group: list[int], lengths: Tensor, device: torch.device) -> Tensor:
+    """For each token of a micro-batch the value of its sequence, which is on the CPU."""
+    return on_device(values[group].repeat_interleave(lengths), device)
 
 
 class ClippedPolicyLoss(PolicyLoss):

@@ -17,7 +17,7 @@ __all__ = ["PolicyBatch", "select_rollouts"]
 
 @dataclass
 class PolicyBatch:
-    """The rollouts that carry a gradient, ragged, and what the loss needs of each.
+    """The rollouts that carry a gradient, ragged, and what the loss needs of each, on the CPU (but ``old_logps``).
 
     Attributes:
         sequences: n distinct rollouts with their prompts.
@@ -56,8 +56,8 @@ def select_rollouts(
         off_policy: ``[B, 1]``, further members of the groups.
     """
     members = rollouts if off_policy is None else join_rollouts(rollouts, off_policy, members=True)
-    rewards, truncated = members.rewards, members.truncated
-    valid = members.has_verdict
+    rewards, truncated = members.rewards.cpu(), members.truncated  # a station of the user's may have made the rewards
+    valid = members.has_verdict.cpu()
     valid &= valid.sum(-1, keepdim=True) >= 2
     advantages = loss.advantages(rewards, valid)
     counted = valid.clone()
@@ -81,7 +81,7 @@ def select_rollouts(
     return PolicyBatch(
         Sequences([prompt_ids[i] for i in rows[first].tolist()], [ids[i] for i in first]),
         values[first],
-        torch.tensor(counts, device=values.device, dtype=torch.int64),
+        torch.tensor(counts),
         [x[: cut[i]] for x, i in zip(logps, first, strict=True)],
         float(loss_denominator(lengths[counted], loss.aggregation)),
         None if off_policy is None else foreign[first],

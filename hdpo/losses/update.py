@@ -1,7 +1,8 @@
 """The update of one step: select, pack, loss, backward, clip, step (paper, Algorithm 1, lines 4-5 and 15-17).
 
 Losses are sums over tokens divided by denominators that are global over micro-batches and ranks, so that the update
-does not depend on how the work is split. Gradients are averaged over ranks in the last backward pass of an update.
+does not depend on how the work is split. Gradients are averaged over ranks in the last backward pass of an update,
+unless ``sync_every_micro_batch`` is set.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class UpdateConfig:
         max_grad_norm: gradients are clipped to this norm; null for no clipping.
         micro_batch_tokens: tokens (padding included) of one forward and backward pass on one rank. It changes memory
             and speed, not the result.
+        sync_every_micro_batch: average gradients over ranks in every micro-batch, not once per update. Under FSDP2 a
+            rank then keeps its share of them instead of all, for more traffic: where memory binds.
         max_skipped_steps: training stops itself after as many steps in a row whose loss or gradient norm was not
             finite. Such a step is skipped: weights, optimizer state, teacher and schedule stay as they are.
         log_gradient_norms: log the norms of the gradients of the policy losses and of the distillation apart, before
@@ -51,6 +54,7 @@ class UpdateConfig:
     num_minibatches: int = 1
     max_grad_norm: float | None = 1.0
     micro_batch_tokens: int = 16384
+    sync_every_micro_batch: bool = False
     max_skipped_steps: int = 3
     log_gradient_norms: bool = False
 
@@ -276,7 +280,7 @@ def _backward(
         loss = item.total() * item.scale
         # A factor of 1, or NaN: a loss that is not finite may have a finite gradient, and only gradients are shared.
         loss = loss * (loss.detach() * 0 + 1)
-        averaged = i == len(losses) - 1 or (apart and i == len(policy) - 1)
+        averaged = module.update.sync_every_micro_batch or i == len(losses) - 1 or (apart and i == len(policy) - 1)
         with nullcontext() if averaged else no_gradient_sync(module.trainer.strategy, module.student):
             # DDP and FSDP2 average gradients over ranks; the denominators are global already.
             module.manual_backward(loss * world_size())

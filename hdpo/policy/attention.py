@@ -17,6 +17,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hdpo.policy.architecture import layers_uncompiled
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -137,9 +139,12 @@ AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
 
 @contextmanager
 def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model attend with :func:`_grouped_sdpa`, unless it was loaded with transformers' eager attention."""
+    """Let the model attend with :func:`_grouped_sdpa`, unless it was loaded with transformers' eager attention.
+
+    Compiled layers run as they are: there is a cache.
+    """
     eager = model.config.get_text_config()._attn_implementation == "eager"
-    with nullcontext() if eager else _attending(model, _GROUPED):
+    with nullcontext() if eager else _attending(model, _GROUPED), layers_uncompiled(model.base_model):
         yield
 
 

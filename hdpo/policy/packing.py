@@ -30,9 +30,9 @@ Layout = Literal["padded", "packed", "shared"]
 _PASS, _WORTH = 256, 0.9
 
 
-def on_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Python numbers as a tensor; to a GPU from pinned memory, since another copy waits for all that was queued."""
-    tensor = torch.tensor(values, dtype=dtype)
+def on_device(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers as a tensor; to a GPU from pinned memory, since another copy waits for all that was queued."""
+    tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -110,7 +110,7 @@ def test_an_engine_samples_in_the_trainers_precision_with_drafts_as_tokens(modul
     def generate(policy, prompts, seeds, sampling, guesses):
         entered.append("generate")
         given.append((policy, prompts, seeds, sampling, guesses))
-        return completions
+        return SimpleNamespace(cpu=lambda: completions)
 
     seeds = torch.zeros(2, 3, dtype=torch.int64)
     completions = SimpleNamespace(mask=torch.ones(2, 3, 5, dtype=torch.bool))

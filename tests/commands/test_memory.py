@@ -71,7 +71,7 @@ def built(config, architecture):
     model.config.use_cache = False
     policy = Policy(model).train()
     if is_sharded(config):
-        shard_policy(policy, dist.device_mesh.init_device_mesh("cpu", (8,)))
+        shard_policy(policy, dist.device_mesh.init_device_mesh("cpu", (8,)), config.get("model.policy.gather_dtype"))
     # What hdpo.optim.prefer_fused chooses on a GPU.
     optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
     for parameter in policy.parameters():
@@ -117,7 +117,8 @@ def step(config, name):
         module = SimpleNamespace(
             student=policy, reference_policy=None,
             update=UpdateConfig(
-                micro_batch_tokens=budget, log_gradient_norms=config["model.update.log_gradient_norms"]
+                micro_batch_tokens=budget, log_gradient_norms=config["model.update.log_gradient_norms"],
+                sync_every_micro_batch=config["model.update.sync_every_micro_batch"],
             ),
             policy_loss=ClippedPolicyLoss(), divergence=JSD(), distillation_weight=0.1, temperature=1.0,
             privileged_policy_weight=0.0, privileged_temperature=1.0,
@@ -145,6 +146,8 @@ BF16 = ("--model.policy.dtype", "bfloat16", "--trainer.precision", "32-true")
 FLOAT32 = ("--trainer.precision", "32-true")
 # Completions of a length that fills a micro-batch with four of them and their prompt.
 KEPT = ("--model.policy.gradient_checkpointing", "false", "--rollouts.max_new_tokens", "3841")
+ALWAYS = ("--model.update.sync_every_micro_batch", "true")
+GATHERED = ("--model.policy.gather_dtype", "bfloat16")
 TOKENS = "--model.update.micro_batch_tokens"
 # Distilled sequences of a length that fills a micro-batch too.
 NORMS = (
@@ -169,6 +172,8 @@ NORMS = (
                 ("7", (TOKENS, "2048")),
                 ("7", FSDP2),
                 ("7", (*FSDP2, TOKENS, "4096")),
+                ("7", (*FSDP2, *ALWAYS)),
+                ("7", (*FSDP2, *GATHERED)),
             ]
         ),
     ],
@@ -180,12 +185,12 @@ def test_a_step_allocates_what_the_formula_says(size, arguments, ranks):
     peaks, lasting = step(config, name)
     shape = Shape.of(policy_config(name))
     planned = memory(shape, config, ranks if sharded else 1, 80 * GIB)
-    weight = shape.num_parameters * (2 if "bfloat16" in arguments else 4)
+    weight = shape.num_parameters * (2 if arguments is BF16 else 4)
     ours = weight / ranks if sharded else weight
     assert lasting == pytest.approx(3 * ours, rel=EXACT)
     assert planned["optimizer"] == pytest.approx(4 * ours, rel=EXACT)
     assert peaks["optimizer"] == pytest.approx(planned["optimizer"], rel=EXACT)
-    gradients = weight + (ours if arguments is NORMS else 0)
+    gradients = (ours if ALWAYS[0] in arguments else weight) + (ours if arguments is NORMS else 0)
     for phase, known in (("teacher", lasting), ("update", lasting + gradients)):
         passing, expected = peaks[phase] - known, planned[phase] - known
         assert expected == pytest.approx(passing, rel=SHARDED if sharded else PASSING), phase

@@ -46,10 +46,13 @@ def fit(folder, overlay, *, expected=0, **options):
     return log.read_text()
 
 
-@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
-def test_fit_with_an_overlay(tmp_path, overlay):
+LESS = {"model.policy.gather_dtype": "bfloat16", "model.update.sync_every_micro_batch": "true"}
+
+
+@pytest.mark.parametrize(("overlay", "options"), [("ddp", {}), ("fsdp2", {}), ("fsdp2", LESS)])
+def test_fit_with_an_overlay(tmp_path, overlay, options):
     size = {"trainer.strategy.init_args.data_parallel_size": 2} if overlay == "fsdp2" else {}
-    text = fit(tmp_path, overlay, more=size)
+    text = fit(tmp_path, overlay, more=size | options)
     assert "sync_dist" not in text  # what is logged is the same on all ranks already
     assert "Warning" not in text
     (run,) = (tmp_path / "runs/lab").iterdir()

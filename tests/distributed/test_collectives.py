@@ -13,7 +13,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from hdpo import distributed
 from hdpo.callbacks import CliffReplay, DistillationRefresh, Evaluation, LastCheckpoint, PredictionWriter
 from hdpo.distributed import all_max, all_sum, gather_objects, merged_means, rank, world_size
-from hdpo.errors import StopRequested
+from hdpo.errors import ConfigError, StopRequested
 from hdpo.experience import Sequences
 from hdpo.losses import JSD, ClippedPolicyLoss, UpdateConfig
 from hdpo.losses.update import update_policy
@@ -21,6 +21,7 @@ from hdpo.measurements import Measurements
 from hdpo.policy.packing import TokenBatch
 from tests.helpers.models import random_ids, random_policy
 from tests.helpers.processes import run_on
+from tests.helpers.tolerances import F32
 from tests.losses import test_update as update
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def ranks(tmp_path_factory):
 
 def everything(rank):
     found = {}
-    for scenario in (values, objects, cliffs, replayed, buffers, refresh, records, several_updates, sharded):
+    for scenario in (values, objects, cliffs, replayed, buffers, refresh, records, several_updates, sharded, options):
         found[scenario.__name__] = scenario(rank)
         dist.barrier()
     return found
@@ -309,6 +310,7 @@ def part_of(whole, chosen):
 UPDATES = {
     "one": {"max_grad_norm": 0.1},
     "several": {"num_epochs": 2, "num_minibatches": 2, "max_grad_norm": None},
+    "always": {"max_grad_norm": 0.1, "sync_every_micro_batch": True},
 }
 #: The first rank has three prompts; all that is distilled is on the second.
 SHARES = [[0, 1, 3], [2]]
@@ -336,8 +338,9 @@ def test_several_ranks_make_the_updates_that_one_makes(ranks, name):
         weights, syncs, backwards, metrics = found["several_updates"][name]
         assert (weights - expected).norm() < update.TOLERANCE * (expected - start).norm()
         assert metrics == pytest.approx(means, rel=update.TOLERANCE)
-        assert syncs == (1 if name == "one" else 4), "gradients are averaged once per update"
-        assert backwards == ranks[0]["several_updates"][name][2] > syncs
+        assert backwards == ranks[0]["several_updates"][name][2] > 4
+        expected_syncs = {"one": 1, "several": 4, "always": backwards}
+        assert syncs == expected_syncs[name], "gradients are averaged once per update, unless in every micro-batch"
 
 
 # FSDP2
@@ -411,6 +414,92 @@ def test_a_sharded_policy_computes_what_a_whole_one_does(ranks):
         torch.testing.assert_close(found["logps"], logps.detach(), rtol=1e-12, atol=0)
         with torch.no_grad():
             torch.testing.assert_close(found["logits"], policy.model(torch.tensor([[5, 6, 7]])).logits)
+
+
+#: Roundings one after another of a number on its way through two layers and back, those of a layer being input, norm,
+#: product, attention, product, sum, norm, product, activation, product, product and sum.
+ROUNDINGS = 2 * 2 * 12
+
+#: Name -> dtype that weights are gathered in, whether gradients are averaged in every micro-batch.
+FSDP2 = {"default": (None, False), "always": (None, True), "float32": ("float32", False), "bf16": ("bfloat16", False)}
+
+
+def options(number):
+    """Two micro-batches of a float32 policy under each option; gradients, and what is left of them in between."""
+    found = {}
+    for name, (dtype, always) in FSDP2.items():
+        policy = random_policy("qwen2", dtype=torch.float32)
+        distributed.shard_policy(policy, init_device_mesh("cpu", (2,)), dtype)
+        batch, dtypes, held = TokenBatch.from_sequences(SEQUENCES, CPU), set(), []
+        layer = policy.model.model.layers[0]
+        layer.register_forward_pre_hook(lambda m, args, dtypes=dtypes: dtypes.add((args[0].dtype, "input")))
+        layer.mlp.register_forward_pre_hook(
+            lambda m, args, dtypes=dtypes: dtypes.add((m.up_proj.weight.dtype, "weight"))
+        )
+        for last in (False, True):
+            with nullcontext() if last or always else distributed.no_gradient_sync(None, policy):
+                logps = policy(batch)
+                (logps.sum() * (number + 1)).backward()
+            shards = [p.grad.to_local().numel() for p in policy.parameters() if p.grad is not None]
+            states = [unit._get_fsdp_state()._fsdp_param_group for unit in distributed._sharded_units(policy)]
+            whole = [
+                p.unsharded_accumulated_grad_data
+                for s in states
+                for p in s.fsdp_params
+                if p.unsharded_accumulated_grad is not None
+            ]
+            whole += [
+                p.unsharded_param.grad
+                for s in states
+                for p in s.fsdp_params
+                if hasattr(p, "_unsharded_param") and p.unsharded_param.grad is not None
+            ]
+            held.append(sum(shards) + sum(g.numel() for g in whole))
+        found[name] = {
+            "gradients": [p.grad.full_tensor() for p in policy.parameters()],
+            "logps": logps.detach(),
+            "dtypes": dtypes,
+            "held": held,
+            "size": sum(p.numel() for p in policy.parameters()),
+        }
+    return found
+
+
+def relative(one, two):
+    one, two = (torch.cat([x.double().flatten() for x in part]) for part in (one, two))
+    return float((one - two).norm() / two.norm())
+
+
+def test_gradients_averaged_in_every_micro_batch_are_the_same_and_take_a_rank_s_share(ranks):
+    for found in (all_found["options"] for all_found in ranks):
+        default, always = found["default"], found["always"]
+        assert relative(always["gradients"], default["gradients"]) <= 4 * F32
+        assert default["held"][0] == default["size"]
+        assert always["held"] == [default["held"][1]] * 2
+        assert always["held"][0] < 0.6 * always["size"]
+
+
+def test_weights_gathered_in_bfloat16_give_the_gradients_within_its_rounding(ranks):
+    for found in (all_found["options"] for all_found in ranks):
+        default, same, rounded = found["default"], found["float32"], found["bf16"]
+        for a, b in zip(same["gradients"], default["gradients"], strict=True):
+            assert torch.equal(a, b)
+        assert default["dtypes"] == same["dtypes"] == {(torch.float32, "input"), (torch.float32, "weight")}
+        assert rounded["dtypes"] == {(torch.bfloat16, "input"), (torch.bfloat16, "weight")}
+        assert {g.dtype for g in rounded["gradients"]} == {torch.float32}
+        assert not any(torch.equal(g, g.bfloat16().float()) for g in rounded["gradients"]), "summed in 16 bits"
+        distance = relative(rounded["gradients"], default["gradients"])
+        assert 0 < distance < ROUNDINGS * torch.finfo(torch.bfloat16).eps / 2
+        whole = random_policy("qwen2", dtype=torch.float32)
+        for parameter in whole.parameters():  # and no buffer: the angles of rotary embeddings stay float32
+            parameter.data = parameter.data.bfloat16()
+        alone = whole(TokenBatch.from_sequences(SEQUENCES, CPU))
+        assert torch.equal(alone.detach(), rounded["logps"]), "as a policy whose weights are bfloat16"
+
+
+def test_a_policy_that_stays_whole_has_no_dtype_to_be_gathered_in():
+    with pytest.raises(ConfigError, match=r"model.policy.gather_dtype is for FSDP2.*--config strategy/fsdp2"):
+        distributed.shard_policy(random_policy(), None, "bfloat16")
 
 
 def test_gradients_and_weights_are_exchanged_when_they_should_be(ranks):

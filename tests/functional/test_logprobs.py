@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hdpo.functional import logprobs
 from hdpo.functional.logprobs import chunk_rows, selected_logps, topk_logits
 from tests.helpers.tolerances import EXACT, of_sum
 
@@ -131,3 +134,75 @@ def test_no_tensor_of_tokens_times_vocabulary_is_saved_for_backward():
         1 << 27,
         1 << 27,
     ]
+
+
+# 16 bits
+
+
+class _Float32Kernels(TorchDispatchMode):
+    """What a GPU has and a CPU has not: products of 16-bit matrices in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.dtype, torch.ops.aten.addmm.dtype, torch.ops.aten.addmm.dtype_out):
+            self.calls.append(func)
+            *added, left, right, dtype = args
+            assert (left.dtype, right.dtype, dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+            result = left.float() @ right.float() + (added[0] if added else 0)
+            return kwargs["out"].copy_(result) if "out" in (kwargs or {}) else result
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_products_of_16_bit_numbers_are_not_rounded_where_the_device_can(problem, with_bias, monkeypatch):
+    """Values, gradients and top-k logits are then those of the rounded inputs in float64, within float32."""
+    hidden, weight, bias = (x.bfloat16() for x in problem[:3])
+    bias, ids, upstream = bias if with_bias else None, *problem[3:]
+    rounded = selected_logps(hidden, weight, bias, ids)
+    monkeypatch.setattr(logprobs, "_multiplies_into_float32", lambda device: True)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    with _Float32Kernels() as kernels:
+        out = selected_logps(*leaves, bias, ids, temperature=0.7, chunk_elements=101 * 10)
+        (out * upstream).sum().backward()
+        _, top = topk_logits(hidden, weight, bias, 5)
+        exact = selected_logps(hidden, weight, bias, ids)
+    assert len(kernels.calls) == 4 + 4 * 2 + 1 + 1
+    expected = [x.double().clone().requires_grad_() for x in (hidden, weight)]
+    reference = dense(*expected, bias, ids, 0.7)
+    (reference * upstream).sum().backward()
+    tolerance = of_sum(WIDTH + VOCAB, 20.0)
+    assert (out - reference).abs().max() < tolerance
+    logits = hidden.double() @ weight.double().T + (bias.double() if with_bias else 0)
+    assert (top - logits.topk(5).values).abs().max() < tolerance
+    truth = dense(hidden, weight, bias, ids, 1.0)
+    assert (exact - truth).abs().max() < tolerance < 0.01 < (rounded - truth).abs().max()
+    # The weight's gradient is rounded once, at its end, as are the gradients of logits.
+    for mine, theirs in zip(leaves, expected, strict=True):
+        assert mine.grad.dtype == torch.bfloat16
+        assert (mine.grad.double() - theirs.grad).norm() < torch.finfo(torch.bfloat16).eps * theirs.grad.norm()
+
+
+def test_a_gpu_makes_the_logits_in_one_kernel_and_a_cpu_keeps_its_own(monkeypatch):
+    assert not logprobs._multiplies_into_float32("cpu")
+    monkeypatch.setattr(logprobs, "_multiplies_into_float32", lambda device: device == "cuda")
+    found = {}
+    for device in ("cuda", "cpu"):
+        with FakeTensorMode():
+            hidden, weight = (torch.empty(n, 16, dtype=torch.bfloat16, device=device) for n in (37, 101))
+            with _Casts() as casts:
+                assert logprobs.wide_logits(hidden, weight, None).dtype == torch.float32
+            found[device] = [name for name in casts.names if name in ("mm", "_to_copy")]
+    assert found == {"cuda": ["mm"], "cpu": ["mm", "_to_copy"]}
+
+
+class _Casts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))

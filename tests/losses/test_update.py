@@ -14,6 +14,7 @@ from hdpo.measurements import Measurements
 from hdpo.policy import TokenBatch
 from tests.helpers.host_reads import host_reads
 from tests.helpers.models import VOCAB, random_ids, random_policy
+from tests.helpers.other_device import OTHER, crossings
 
 #: Weights are float64; advantages are float32 and enter each gradient once, as do denominators.
 TOLERANCE = 16 * torch.finfo(torch.float32).eps
@@ -254,34 +255,31 @@ def test_the_weight_of_distillation_is_a_factor_of_its_gradient():
     assert norms[0] > 1e-3
 
 
-def noting(student, seen):
-    """How many reads there were before each forward pass."""
-    since = []
-    student.register_forward_pre_hook(lambda *_: since.append(len(seen.names)))
-    return since
-
-
 @pytest.mark.parametrize("off_policy", [False, True])
-@pytest.mark.parametrize("num_epochs", [1, 2])
-def test_the_host_reads_once_an_update_and_once_a_step_however_many_micro_batches(num_epochs, off_policy):
-    """The clip's norm once an update, and what was measured together; each read waits for a GPU's whole queue."""
-    reads = {}
-    for tokens in (1, 10_000):
-        updated, batch = module(num_epochs=num_epochs, micro_batch_tokens=tokens), experience()
+@pytest.mark.parametrize("updates", [(1, 1), (2, 2)])
+def test_the_host_reads_nothing_of_another_device_but_the_norms_and_what_was_measured(updates, off_policy):
+    """At most one read a step beyond the clip's, however many micro-batches: what is selected comes from the host."""
+    num_epochs, num_minibatches = updates
+    for tokens in (1, 16, 10_000):
+        options = {"num_epochs": num_epochs, "num_minibatches": num_minibatches, "micro_batch_tokens": tokens}
+        updated, batch = module(privileged_policy_weight=0.5, **options), with_privileged(experience())
         updated.policy_loss = ClippedPolicyLoss(sampler_correction="truncated", kl_coef=0.1, aggregation="sequence")
-        updated.reference_policy = random_policy("gpt2", seed=1)
+        updated.reference_policy, updated.device = random_policy("gpt2", seed=1).to(OTHER), OTHER
+        updated.student.to(OTHER)
+        for name in ("topk_ids", "topk_logits"):
+            setattr(batch.distillation, name, [x.to(OTHER) for x in getattr(batch.distillation, name)])
         if off_policy:
             batch.off_policy = batch.rollouts.select([3, 2, 1, 0])
-        with host_reads() as seen:
-            since = noting(updated.student, seen)
-            update_policy(updated, batch)
-            assert len(since) >= (16 if tokens == 1 else 2) * num_epochs
-            assert seen.names[since[0] :] == ["__bool__"] * num_epochs
-            reads[tokens] = len(seen.names)
+        passes = []
+        updated.student.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        with crossings() as seen:
+            assert update_policy(updated, batch)
+            assert seen.reads == [()] * num_epochs * num_minibatches
             measured = batch.measurements.items()
-        assert len(seen.names) - reads[tokens] == 1
+        assert len(passes) >= (20 if tokens == 1 else 3) * num_epochs
+        assert len(seen.reads) == num_epochs * num_minibatches + 1
         assert {name for name, *_ in measured} >= {"loss/kl", "sampler/token_ratio_mean", "loss/distillation"}
-    assert reads[1] == reads[10_000]
+        assert seen.mixed == []
 
 
 WINDOW = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}

@@ -5,15 +5,20 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DbrxConfig,
+    DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
     PhiConfig,
     PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
 )
 
+from hdpo.commands.memory import policy_config
 from hdpo.errors import ConfigError
 from hdpo.experience import Sequences
 from hdpo.files import resolve_path
@@ -164,6 +169,34 @@ def test_models_with_transformed_logits_are_refused():
     sizes = {**SIZES, "head_dim": 8, "final_logit_softcapping": 30.0}
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         Policy(AutoModelForCausalLM.from_config(Gemma2Config(**sizes)))
+
+
+MIXTURES = {
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}, "num_local_experts is 4"),
+    "qwen2_moe": (Qwen2MoeConfig, {"num_experts": 3, "moe_intermediate_size": 8}, "num_experts is 3"),
+    "deepseek_v3": (DeepseekV3Config, {"n_routed_experts": 16}, "n_routed_experts is 16"),
+    "dbrx": (DbrxConfig, {"ffn_config": {"moe_num_experts": 5}}, "moe_num_experts is 5"),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_of_experts_is_one_clear_line_before_any_weight_is_read(kind, tmp_path, monkeypatch):
+    config, options, words = MIXTURES[kind]
+    config(**options).save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    for asked in (lambda path: Policy.load(PolicyConfig(path=path)), policy_config):
+        with pytest.raises(
+            ConfigError, match=rf"model.policy.path: {kind} is a mixture of experts \({words}\)"
+        ) as error:
+            asked(str(tmp_path))
+        assert "\n" not in str(error.value)
+
+
+def test_whatever_engine_samples_it_has_no_mixture_of_experts():
+    sizes = {**SIZES, "num_local_experts": 2, "num_experts_per_tok": 1}
+    with pytest.raises(ConfigError, match="vLLM names their weights otherwise"):
+        Policy(AutoModelForCausalLM.from_config(MixtralConfig(**sizes)))
+    assert Policy(AutoModelForCausalLM.from_config(MixtralConfig(**{**sizes, "num_local_experts": 1}))).vocab_size
 
 
 # Loading

@@ -165,6 +165,9 @@ POLICIES = {
     "a configuration cut off": (shortened("config.json", 100), "model.policy.path"),
     "another architecture": (setting("config.json", model_type="no_such_model"), "model.policy.path"),
     "no language model": (setting("config.json", model_type="vit", architectures=["ViTModel"]), "model.policy.path"),
+    "a mixture of experts": (
+        setting("config.json", model_type="mixtral", num_local_experts=8), "mixtral is a mixture of experts (num_local_experts is 8)"
+    ),
     "softcapped": (setting("config.json", final_logit_softcapping=30.0), "final_logit_softcapping"),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "has no vocabulary"),
     "a tokenizer cut off": (shortened("tokenizer.json", 1000), "model.policy.path"),

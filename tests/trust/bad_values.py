@@ -78,6 +78,7 @@ WORDS = {
         ["--model.divergence=hdpo.losses.GeneralizedJSD", "--model.divergence.init_args.teacher_weight=.nan"],
         "model.divergence.teacher_weight",
     ),
+    "gather dtype without FSDP2": (["--model.policy.gather_dtype=bfloat16"], "model.policy.gather_dtype is for FSDP2"),
     "top_p": (["--rollouts.top_p=0.9"], "top_p is refused"),
     "split_by": (["--data.selection.split_by=hash"], "split_by"),
     "no training rows": (

@@ -1,0 +1,61 @@
+"""Which architectures can be trained here, and how their decoder layers are compiled."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from hdpo.distributed import decoder_layers
+from hdpo.errors import ConfigError
+
+__all__ = ["check_architecture", "compile_layers", "is_compiled", "layers_uncompiled"]
+
+_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+#: As Qwen, Mixtral and gpt-oss, DeepSeek, DBRX and Ernie call the number of a layer's experts.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def check_architecture(config: Any) -> None:
+    """Refuse what the policy, or vLLM with the policy's weights, would compute wrongly.
+
+    Args:
+        config: of transformers.
+
+    Raises:
+        ConfigError: the logits are transformed after the output layer, or there is a mixture of experts.
+    """
+    text = config.get_text_config()
+    for name in _LOGITS:
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"{config.model_type}: its logits pass through {name}, which the chunked output layer "
+                "does not apply; choose a policy without it"
+            )
+    # Not by getattr: transformers has aliases, and config.json's own name is wanted.
+    given = vars(text) | vars(getattr(text, "ffn_config", object))
+    for name in _EXPERTS:
+        if (given.get(name) or 0) > 1:
+            raise ConfigError(
+                f"model.policy.path: {config.model_type} is a mixture of experts ({name} is {given[name]}), which "
+                "cannot be trained here: engine and policy would route the same token to different experts, and vLLM "
+                "names their weights otherwise; choose a dense policy"
+            )
+
+
+def compile_layers(backbone: nn.Module) -> None:
+    """Compile each decoder layer in place, once for all lengths; names of weights stay."""
+    for layer in decoder_layers(backbone):
+        layer.compile(dynamic=True)
+
+
+def is_compiled(backbone: nn.Module) -> bool:
+    """Whether :func:`compile_layers` has been here."""
+    return any(layer._compiled_call_impl is not None for layer in decoder_layers(backbone))
+
+
+def layers_uncompiled(backbone: nn.Module) -> AbstractContextManager[Any]:
+    """Let layers run as they are: a cache that grows would have them compiled again and again."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(backbone) else nullcontext()
