@@ -221,7 +221,10 @@ def _forward(shape: Shape, config: Config, tokens: int) -> int:
 def _layer(shape: Shape, config: Config, tokens: int) -> int:
     """Without gradient: the three products of a feed-forward network, and four hidden states."""
     w, c, _ = _bytes(config)
-    return (3 * c * shape.feed_forward + 4 * w * shape.width) * tokens
+    plain = 3 * c * shape.feed_forward + 4 * w * shape.width
+    if "down_proj" in shape.adapted and (a := _adapter_bytes(config)) < 4:  # which reads its input in float32, too
+        plain = max(plain, (c + 4 + a) * shape.feed_forward + (4 * w + 2 * c) * shape.width)
+    return plain * tokens
 
 
 def _update(shape: Shape, config: Config, tokens: int) -> int:
