@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 PARALLEL ?= -n auto --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-vllm test-oldest mutants bench notebooks lint format clean
+.PHONY: help install demo test test-slow test-vllm test-oldest mutants bench docs notebooks lint format clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ $(READY): pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hdpo needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c .ci/constraints.txt -e '.[test,lint,wandb]'
+	$(BIN)/pip install --quiet -c .ci/constraints.txt -e '.[test,lint,docs,wandb]'
 	@touch $@
 
 install: $(READY) ## Create the virtual environment
@@ -83,6 +83,10 @@ bench: .venv-trl/.ready ## The CPU benchmarks, into runs/bench; leave the machin
 notebooks: $(READY) ## Write the outputs of notebooks/02 and 03 anew, as after new records
 	$(BIN)/python -m tests.test_notebooks
 
+docs: $(READY) ## The API page from the docstrings, into docs/api; fails where one is missing
+	@echo "== docs"
+	$(BIN)/python docs/build_api.py docs/api
+
 lint: $(READY) ## Style, docstrings, annotations, types and the import contract
 	@echo "== lint"
 	$(BIN)/ruff check .
@@ -95,4 +99,4 @@ format: $(READY) ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment and the runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/api

@@ -90,7 +90,11 @@ _LOWER = {
 
 @contextmanager
 def timed(measurements: Measurements, phase: str) -> Iterator[None]:
-    """Add the wall-clock seconds of the block to ``time/<phase>``; running out of memory names the phase."""
+    """Add the wall-clock seconds of the block to ``time/<phase>``; running out of memory names the phase.
+
+    ``speed/<phase>`` is completion tokens per second of one process: the block adds tokens with a count of 0, and the
+    seconds are its count.
+    """
     started = time.perf_counter()
     try:
         yield
@@ -98,4 +102,6 @@ def timed(measurements: Measurements, phase: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
             error.add_note(f"hdpo: out of memory in the phase {phase!r}; lower {_LOWER.get(phase, 'the sizes')}")
         raise
-    measurements.add(f"time/{phase}", time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    measurements.add(f"time/{phase}", seconds)
+    measurements.add(f"speed/{phase}", 0.0, seconds)

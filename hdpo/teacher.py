@@ -20,7 +20,7 @@ from hdpo.distributed import reshard
 from hdpo.errors import ConfigError
 from hdpo.experience import Sequences
 from hdpo.policy import Policy, TokenBatch
-from hdpo.policy.without_adapter import WithoutAdapter
+from hdpo.policy.without_adapter import WithoutAdapter, with_own_adapter
 
 __all__ = ["DriftingTeacher", "EMATeacher", "FrozenTeacher", "Teacher", "teacher_topk"]
 
@@ -80,6 +80,9 @@ class FrozenTeacher(Teacher):
 class EMATeacher(Teacher):
     """``teacher <- decay * teacher + (1 - decay) * student`` after each step; a checkpoint holds it.
 
+    Of a policy with an adapter the average is an adapter too, of the matrices A and B each, not of their product; it
+    stands on the student's own weights, which do not change.
+
     Args:
         decay: in [0, 1]; 0 is the drifting and 1 the frozen teacher.
 
@@ -97,7 +100,8 @@ class EMATeacher(Teacher):
     def prepare(self, student: Policy, load: Callable[[], Policy]) -> None:
         """Start the average at the initial weights."""
         if self.average is None:
-            self.average = load().requires_grad_(False).eval()
+            average = with_own_adapter(student) if student.has_adapter else load()
+            self.average = average.requires_grad_(False).eval()
 
     def policy(self, student: Policy) -> Policy:
         """Return the averaged policy."""
@@ -109,7 +113,8 @@ class EMATeacher(Teacher):
         """Move the average towards the student."""
         assert self.average is not None, "prepare() comes first"
         for mean, current in zip(self.average.parameters(), student.parameters(), strict=True):
-            mean.lerp_(current.to(mean.dtype), 1.0 - self.decay)
+            if mean is not current:  # weights that both stand on
+                mean.lerp_(current.to(mean.dtype), 1.0 - self.decay)
 
 
 @torch.no_grad()

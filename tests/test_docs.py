@@ -49,7 +49,9 @@ def test_each_row_names_a_key_or_says_that_there_is_none():
 
 
 def test_every_metric_is_logged_somewhere():
-    names = re.findall(r"`((?:val|cliff|rollout|privileged|loss|sampler|optim|time|verifier)/[\w@]+)`", WATCH)
+    names = re.findall(
+        r"`((?:val|cliff|rollout|privileged|loss|sampler|optim|time|speed|replay|verifier)/[\w@]+)`", WATCH
+    )
     assert len(set(names)) >= 20
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "hdpo").rglob("*.py"))
     outcomes = {f"verifier/{outcome.value}" for outcome in Outcome}
@@ -61,6 +63,10 @@ def test_every_metric_is_logged_somewhere():
             assert f'"{rest}"' in source, name
         elif kind == "val":
             assert re.fullmatch(r"pass@\d+|greedy_accuracy", rest), name
+        elif kind in ("cliff", "replay", "speed"):  # of these some are added in a loop over names
+            assert any(text in source for text in (f'"{rest}"', f"'{rest}'", f'"{name}{{suffix}}"')), name
+        elif rest in {outcome.value for outcome in Outcome}:
+            assert kind == "rollout", name
         else:
             assert f'"{name}' in source, name
 

@@ -66,10 +66,11 @@ def test_seconds_are_counted_and_errors_pass(monkeypatch):
     measured = Measurements()
     with timed(measured, "update"):
         pass
-    assert measured.means() == {"time/update": 2.5}
+    measured.add("speed/update", 30, 0.0)
+    assert measured.means() == {"time/update": 2.5, "speed/update": 12.0}
     with pytest.raises(KeyError), timed(measured, "update"):
         raise KeyError("ours")
-    assert measured.means() == {"time/update": 2.5}
+    assert measured.means() == {"time/update": 2.5, "speed/update": 12.0}
 
 
 @pytest.mark.parametrize(("phase", "key"), [

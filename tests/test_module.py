@@ -40,7 +40,9 @@ class Tape(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.experiences.append(batch)
-        self.metrics.append({k: v for k, v in batch.metrics.items() if not k.startswith(("time/", "sampler/"))})
+        self.metrics.append(
+            {k: v for k, v in batch.metrics.items() if not k.startswith(("time/", "speed/", "sampler/"))}
+        )
 
 
 def weights(module):

@@ -88,7 +88,7 @@ def test_the_commands_in_their_order(workplace, openmath_parquet, tiny_policy_di
             words = [{"3": "1", "2": "1"}.get(w, w) for w in words] + ["--", *SMALL, *STEPS]
         assert main(words) == 0, line
         ran.append(command)
-    assert set(ran) == {"fit", "sweep", "report", "validate", "test", "predict", "export", "show"}
+    assert set(ran) == {"fit", "sweep", "report", "validate", "test", "predict", "export", "show", "plan"}
 
 
 @pytest.mark.parametrize("number", range(len(blocks("yaml"))))

@@ -42,6 +42,7 @@ def replayed(folder, options, *, steps=3, bias=0.0, tiers=(1, 2, 3, 4, 6), path=
 # What is measured but not part of the step's mathematics.
 _OTHERS = (
     "time/",
+    "speed/",
     "sampler/logprob_gap",
     "privileged/tokens",
     "sampler/token_ratio_max",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
+from hdpo.callbacks.history import CliffHistory
 from hdpo.callbacks.sampling import solution_ids
 from hdpo.callbacks.station import run_stations
 from hdpo.errors import check_at_least
@@ -17,10 +18,14 @@ __all__ = ["CliffDetection"]
 
 
 class CliffDetection(Callback):
-    """Marks the prompts all of whose rollouts failed, and logs who fell off and where from.
+    """Marks the prompts all of whose rollouts failed, and logs who fell off, where from, and who has come back up.
 
     A cliff needs a verdict on every rollout: one that could not be graded may have been a success. A prompt without
     success whose verdicts are not complete is counted as ``cliff/ungraded``.
+
+    Each cliff is remembered. Of those that are seen again, ``cliff/converted`` is the share that has a success without
+    help, ``cliff/converted_distilled`` the same of those that were distilled in between, and
+    ``cliff/steps_to_success`` the steps from the fall to the first success.
 
     Args:
         threshold: a prompt is a cliff if the sum of its rewards is at most this (paper, Table 2: 0.0).
@@ -40,6 +45,8 @@ class CliffDetection(Callback):
         self.threshold = threshold
         self.reference_in_group = reference_in_group
         self.max_reference_tokens = max_reference_tokens
+        #: All cliffs of the run so far, with their pass rates since.
+        self.history = CliffHistory()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int) -> None:
         """Add ``batch.is_cliff``."""
@@ -58,6 +65,7 @@ class CliffDetection(Callback):
             batch.measurements.add(f"cliff/{name}", prompts.sum(), len(batch))
             for source, value in zip(batch.prompts.source, prompts.tolist(), strict=True):
                 batch.measurements.add(f"cliff/{name}/{source}", float(value))
+        self.history.visit(batch, trainer.global_step)
         if self.reference_in_group:
             batch.off_policy = self._references(pl_module, batch)
         run_stations("after_cliffs", trainer, pl_module, batch)
@@ -83,3 +91,11 @@ class CliffDetection(Callback):
             outcomes=[["correct" if x else "none"] for x in ids],
             texts=[[batch.prompts.solution[i] if x else ""] for i, x in enumerate(ids)],
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cliffs so far."""
+        return self.history.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        self.history.load_state_dict(state_dict)

@@ -132,6 +132,8 @@ class DistillationRefresh(Callback):
             if self.completions != "privileged":
                 entries = self._given(pl_module, batch, chosen)
             self._buffer = entries if distils else []
+            row_of = dict(zip(batch.prompts.index.tolist(), batch.prompts.row.tolist(), strict=True))
+            pl_module.cliffs.history.distil((row_of[index] for *_, index in self._buffer), trainer.global_step)
         pl_module.engine.release_memory()
         if distils:
             batch.distillation = self._read_by_teacher(trainer, pl_module, batch)
@@ -250,6 +252,7 @@ class DistillationRefresh(Callback):
             items.topk_ids, items.topk_logits = teacher_topk(
                 teacher, privileged, self.topk, token_budget=budget, num_passes=int(num_passes)
             )
+        batch.measurements.add("speed/teacher", sum(map(len, privileged.completion_ids)), 0.0)
         return items
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Experience, batch_idx: int) -> None:

@@ -16,6 +16,7 @@ from hdpo.errors import ConfigError, check_at_least, check_positive
 from hdpo.experience import Experience, Rollouts, join_rollouts
 from hdpo.functional import has_variance
 from hdpo.functional.random import Purpose, derive_seeds
+from hdpo.rewards import Outcome
 
 __all__ = ["RolloutGeneration"]
 
@@ -147,8 +148,17 @@ class RolloutGeneration(Callback):
         valid = rollouts.has_verdict
         rewards = rollouts.rewards.masked_fill(~valid, 0.0)
         measured.add("rollout/reward", rewards.sum(), float(valid.sum()))
-        measured.add("rollout/length", rollouts.completion_mask.sum(), num)
+        # Of each group, as a sample: the scale of its advantages.
+        graded, lengths = valid.sum(-1), rollouts.completion_mask.sum(-1)
+        deviations = (rewards - rewards.sum(-1, keepdim=True) / graded[:, None].clamp(min=1)) * valid
+        deviation = (deviations.square().sum(-1) / (graded - 1).clamp(min=1)).sqrt()
+        measured.add("rollout/reward_std", deviation.sum(), (graded > 1).sum())
+        measured.add("rollout/length", lengths.sum(), num)
+        measured.add("rollout/terminated_length", lengths[~rollouts.truncated].sum(), (~rollouts.truncated).sum())
         measured.add("rollout/truncated", rollouts.truncated.sum(), num)
+        outcomes = [outcome for group in rollouts.outcomes for outcome in group]
+        for outcome in Outcome:
+            measured.add(f"rollout/{outcome}", outcomes.count(outcome), num)
         # E[-log p] of what was sampled is an unbiased estimate of the entropy per token, and needs no forward pass.
         measured.add("rollout/entropy", -rollouts.sampler_logps.sum(), float(rollouts.completion_mask.sum()))
         for source, total, count in zip(

@@ -96,6 +96,7 @@ class SamplerCheck:
         if num == 0:
             return
         ids = [group[0] for group in completions.token_lists()[:num]]
+        batch.measurements.add("speed/sampler_check", sum(map(len, ids)), 0.0)
         with timed(batch.measurements, "sampler_check"), trainer.precision_plugin.forward_context():
             dtype = module.student.compute_dtype
             logps = module.student.completion_logps(

@@ -49,15 +49,17 @@ def sample(
         seeds: ``[N, S]`` int64.
         sampling: limits and temperature.
         measured: where seconds are counted.
-        phase: name of the sampling time, ``time/<phase>``.
+        phase: name of its time and speed, ``time/<phase>`` and ``speed/<phase>``.
         drafts: N texts that the completions may repeat; they only make the engine faster.
         policy: whose weights are sampled; default the module's.
     """
     with timed(measured, phase), trainer.precision_plugin.forward_context():
         guesses = [module.tokenizer.encode(text, add_special_tokens=False) for text in drafts] if drafts else None
         completions = module.engine.generate(policy or module.student, prompts, seeds, sampling, guesses).cpu()
+    num_tokens = completions.mask.sum()
     measured.add("spent/completions", seeds.numel(), None)
-    measured.add("spent/tokens", completions.mask.sum(), None)
+    measured.add("spent/tokens", num_tokens, None)
+    measured.add(f"speed/{phase}", num_tokens, 0.0)
     return completions
 
 
@@ -88,6 +90,7 @@ def graded(
     which = [i for i in (range(num_prompts) if positions is None else positions) for _ in range(num_samples)]
     with timed(measured, "scoring"):
         ids = [ids for group in completions.token_lists() for ids in group]
+        measured.add("speed/scoring", sum(map(len, ids)), 0.0)
         texts = module.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
         columns = {"prompts": prompts.problem, **prompts.columns}
         grades = module.verifier.grade(

@@ -18,11 +18,23 @@ from hdpo.files import resolve_path
 from hdpo.functional.logprobs import CHUNK_ELEMENTS as _CHUNKS
 from hdpo.generation.transformers import _SAMPLE_ELEMENTS
 from hdpo.policy.architecture import check_architecture
+from hdpo.policy.lora import LoRAConfig, add_adapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["GIB", "OVERHEAD", "PHASES", "Config", "Shape", "is_sharded", "memory", "policy_config", "vllm_bytes"]
+__all__ = [
+    "GIB",
+    "OVERHEAD",
+    "PHASES",
+    "Config",
+    "Shape",
+    "is_sharded",
+    "lora_config",
+    "memory",
+    "policy_config",
+    "vllm_bytes",
+]
 
 Config = Mapping[str, Any]
 GIB = 2**30
@@ -61,11 +73,20 @@ def policy_config(path: str, revision: str | None = None) -> Any:
     return config
 
 
+def lora_config(config: Config) -> LoRAConfig | None:
+    """The adapter that a configuration asks for."""
+    prefix = "model.policy.lora."
+    options = {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
+    return LoRAConfig(**options) if options else None
+
+
 class Shape(NamedTuple):
     """A decoder-only transformer with gated feed-forward layers: numbers of parameters, and widths.
 
     ``layer`` is the number of a decoder layer. ``tied`` says that the output layer is the input embedding too.
-    ``query`` and ``key`` are the widths of all query heads and of all key heads together.
+    ``query`` and ``key`` are the widths of all query heads and of all key heads together. ``adapter`` is the number of
+    an adapter's parameters, ``rank`` its rank, and ``adapted`` the names of the linear layers of a decoder layer that
+    have one; 0 and empty without an adapter, where all parameters are trained.
     """
 
     num_parameters: int
@@ -77,9 +98,12 @@ class Shape(NamedTuple):
     query: int
     key: int
     feed_forward: int
+    adapter: int = 0
+    rank: int = 0
+    adapted: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> Shape:
+    def of(cls, config: PretrainedConfig, lora: LoRAConfig | None = None) -> Shape:
         """Read a transformers configuration; parameters are counted on the model without storage.
 
         Raises:
@@ -103,7 +127,14 @@ class Shape(NamedTuple):
                 f"Qwen3, Llama, Mistral), and those of {config.model_type} are others"
             )
         tied, depth = bool(text.tie_word_embeddings), text.num_hidden_layers
-        return cls(total, layer, text.vocab_size, tied, depth, width, query, key, feed_forward)
+        shape = cls(total, layer, text.vocab_size, tied, depth, width, query, key, feed_forward)
+        if lora is None:
+            return shape
+        with torch.device("meta"):
+            add_adapter(model, lora)
+        adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        adapted = frozenset(name.rpartition(".")[2] for name, m in first.named_modules() if hasattr(m, "base_layer"))
+        return shape._replace(adapter=adapter, rank=lora.r, adapted=adapted)
 
     @property
     def head(self) -> int:
@@ -123,14 +154,15 @@ class _Sampling(NamedTuple):
 class _Work(NamedTuple):
     """What a run does: sampling by phase, and the tokens of the longest sequence that is trained or that is read.
 
-    A phase that it does not have is missing, and 0 where no teacher reads. ``policies`` is the number of those beside
-    the one that is trained: a teacher with weights of its own, the initial policy.
+    A phase that it does not have is missing, and 0 where no teacher reads. Beside the policy that is trained there may
+    be the initial one, and a teacher with weights of its own.
     """
 
     sampling: dict[str, _Sampling]
     trained: int
     read: int
-    policies: int
+    initial: bool
+    average: bool
 
     @classmethod
     def of(cls, config: Config, devices: int) -> _Work:
@@ -159,8 +191,8 @@ class _Work(NamedTuple):
         teacher = config["model.teacher"].rpartition(".")[2] if reads else "DriftingTeacher"
         has_initial = teacher == "FrozenTeacher" or config.get("model.policy_loss.kl_coef", 0) > 0
         has_initial |= distils and config["distillation.sampled_by"] == "initial"
-        policies = has_initial + (teacher not in ("DriftingTeacher", "FrozenTeacher"))
-        return cls(sampling, max(lengths), context + distilled if reads else 0, policies)
+        average = teacher not in ("DriftingTeacher", "FrozenTeacher")
+        return cls(sampling, max(lengths), context + distilled if reads else 0, has_initial, average)
 
 
 def _bytes(config: Config) -> tuple[int, int, int]:
@@ -192,7 +224,10 @@ def _forward(shape: Shape, config: Config, tokens: int) -> int:
 def _layer(shape: Shape, config: Config, tokens: int) -> int:
     """Without gradient: the three products of a feed-forward network, and four hidden states."""
     w, c, _ = _bytes(config)
-    return (3 * c * shape.feed_forward + 4 * w * shape.width) * tokens
+    plain = 3 * c * shape.feed_forward + 4 * w * shape.width
+    if "down_proj" in shape.adapted and (a := _adapter_bytes(config)) < 4:  # which reads its input in float32, too
+        plain = max(plain, (c + 4 + a) * shape.feed_forward + (4 * w + 2 * c) * shape.width)
+    return plain * tokens
 
 
 def _update(shape: Shape, config: Config, tokens: int) -> int:
@@ -205,6 +240,8 @@ def _update(shape: Shape, config: Config, tokens: int) -> int:
     norms = 2 * (w + max(w, 4)) + (5 * c if cast else 2 * w)
     attention = 2 * (shape.query + (shape.key if recomputes else shape.query))
     layer = (norms * shape.width + c * (attention + 4 * shape.feed_forward)) * tokens
+    if shape.adapter:
+        layer = _kept_for_adapter(shape, config, attention) * tokens
     layer += (1 if recomputes else 2) * cast * shape.layer
     stream = w * shape.width * tokens
     kept = shape.num_layers * (stream if recomputes else layer)
@@ -213,11 +250,39 @@ def _update(shape: Shape, config: Config, tokens: int) -> int:
     chunk = min(_CHUNKS["cuda"], tokens * shape.vocab_size)
     beside = shape.head * cast + max(shape.head * c, 4 * chunk) if c < 4 else 0
     output = kept + shape.head * max(4, c) + beside + chunk * c + 2 * stream
+    if shape.adapter:
+        output = kept + shape.head * cast + chunk * (4 + c if c < 4 else c) + 2 * stream
     output += 4 * shape.width * tokens if w < 4 else 0
     # 2. The last layer. If the output layer is tied, its gradient waits for the embedding's.
     last = kept + (layer if recomputes else 0) + 2 * c * shape.feed_forward * tokens + stream
+    if shape.adapter:  # neither the output layer nor the embedding has a gradient
+        # Through an adapter in 16 bits the gradient of its input comes in float32.
+        widened = "down_proj" in shape.adapted and _adapter_bytes(config) < 4
+        last += (4 * shape.feed_forward * widened + 4 * shape.width * (w < 4)) * tokens
+        return max(output, last)
     # 3. The embedding's gradient, and its sum with the other one.
     return max(output, last + (shape.head * w if shape.tied else 0), shape.head * w * (3 if shape.tied else 1))
+
+
+def _kept_for_adapter(shape: Shape, config: Config, attention: int) -> int:
+    """Bytes that a layer keeps of each token for its backward pass where an adapter alone is trained.
+
+    Frozen linear layers and norms need no input of theirs. An adapted layer keeps a copy of its input in the dtype of
+    the adapter's computation, shared where that is the input's own, and the narrow output of the first matrix.
+    """
+    (w, c, _), names = _bytes(config), shape.adapted
+    a = _adapter_bytes(config)
+    first, gated = (len(names & group) for group in ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}))
+    shared = a == w
+    copies = a * (min(first, 1) + min(gated, 1) if shared else first + gated) * shape.width
+    copies += a * shape.query * ("o_proj" in names and not shared) + a * shape.feed_forward * ("down_proj" in names)
+    return 2 * max(w, 4) * shape.width + c * (attention + 3 * shape.feed_forward) + copies + a * shape.rank * len(names)
+
+
+def _adapter_bytes(config: Config) -> int:
+    """Of a number in an adapter's computation; it is held in float32, at least."""
+    w, c, _ = _bytes(config)
+    return c if "16" in str(config.get("trainer.precision")) else max(w, 4)
 
 
 def _decoding(shape: Shape, config: Config, sampling: _Sampling) -> int:
@@ -228,6 +293,7 @@ def _decoding(shape: Shape, config: Config, sampling: _Sampling) -> int:
     # Linear layers and their output layer are cast once. One layer's keys are held twice while the cache grows or rows
     # leave it.
     weights = cast * (shape.num_layers * shape.layer + shape.head)
+    weights += shape.adapter * (_adapter_bytes(config) % 4)  # a copy in 16 bits
     cache, growing = 2 * shape.num_layers * shape.key * c, slots * shape.key * c
     # A block of logits is held in float32, as log-probabilities, and as a distribution in float64.
     block = 16 * min(_SAMPLE_ELEMENTS["cuda"], wave * samples * shape.vocab_size)
@@ -244,12 +310,14 @@ def memory(shape: Shape, config: Config, devices: int, gpu_bytes: int) -> dict[s
         gpu_bytes: of one GPU, of which vLLM takes a share.
     """
     (w, c, _), work, sharded = _bytes(config), _Work.of(config, devices), is_sharded(config)
-    policy = shape.num_parameters * w
+    weights = shape.num_parameters * w
+    policy = shape.adapter * max(w, 4) or weights  # what is trained
     ours = -(-policy // devices) if sharded else policy
     states = 2 + config.get("model.optimizer.amsgrad", False)
     if str(config["model.optimizer"]).endswith("SGD"):
         states = config["model.optimizer.momentum"] != 0
-    always = ours * (1 + states + work.policies)
+    # With an adapter the initial policy is the same weights, and an average another adapter on them.
+    always = ours * (1 + states + work.average) + (weights if shape.adapter else ours * work.initial)
     gradients, optimized = policy, ours
     if devices > 1 and not sharded:
         always += policy  # DDP's buckets, in which the gradients may lie

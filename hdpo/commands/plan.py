@@ -8,9 +8,20 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
-from hdpo.commands.memory import GIB, OVERHEAD, PHASES, Config, Shape, is_sharded, memory, policy_config, vllm_bytes
+from hdpo.commands.memory import (
+    GIB,
+    OVERHEAD,
+    PHASES,
+    Config,
+    Shape,
+    is_sharded,
+    lora_config,
+    memory,
+    policy_config,
+    vllm_bytes,
+)
 from hdpo.commands.run import read_config
-from hdpo.errors import check_at_least, check_positive
+from hdpo.errors import ConfigError, check_at_least, check_positive
 
 __all__ = ["main"]
 
@@ -76,9 +87,12 @@ def _fitted(shape: Shape, config: Config, devices: int, gpu_bytes: int) -> dict[
 
 def _rows(path: str, config: Config, devices: int, gpu_bytes: int) -> Iterator[list[str]]:
     """One row of the table for each engine and strategy, the configured engine first."""
-    shape = Shape.of(policy_config(path, config.get("model.policy.revision")))
+    lora = lora_config(config)
+    if lora and is_sharded(config):
+        raise ConfigError("model.policy.lora cannot be sharded by FSDP2: take --config strategy/ddp, or set it to null")
+    shape = Shape.of(policy_config(path, config.get("model.policy.revision")), lora)
     engine = "vLLM" if "VLLM" in config["model.engine"] else "transformers"
-    strategies = ("DDP", "FSDP2") if devices > 1 else ("none",)
+    strategies = (("DDP",) if lora else ("DDP", "FSDP2")) if devices > 1 else ("none",)
     configured = engine, "FSDP2" if is_sharded(config) else strategies[0]
     for names in product(sorted(("transformers", "vLLM"), key=lambda name: name != engine), strategies):
         changes = [_CHANGES[name] for name in names if name not in configured]

@@ -18,6 +18,7 @@ from hdpo.evaluation.records import Evaluation, evaluation_files, read_gzip, rea
 __all__ = ["ARM_FILE", "WEIGHT", "Run", "find_runs", "flat_config", "name_settings", "write_compact"]
 
 WEIGHT = "model.distillation_weight"
+"""The key of lambda, by which runs are sorted; 0 is GRPO."""
 
 ARM_FILE = "sweep.json"
 """Written by ``sweep`` into a run's folder; its ``arm`` names the overlay that the run is of."""

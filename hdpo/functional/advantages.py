@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = ["AdvantageScale", "group_advantages", "has_variance"]
 
 AdvantageScale = Literal["std", "none", "leave_one_out_std"]
+"""What advantages are divided by; see :func:`group_advantages`."""
 
 
 def _others(rewards: Tensor) -> Tensor:

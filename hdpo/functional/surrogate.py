@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 Aggregation = Literal["token", "sequence"]
+"""What has equal weight in the loss: each token of the batch, or each sequence."""
 
 # exp() of a larger difference of log-probabilities overflows float32 and turns one broken token into a NaN of the whole
 # batch; a ratio of e^20 = 5e8 is as broken, but finite.

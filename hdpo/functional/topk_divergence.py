@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 Tail = Literal["exact", "paper"]
+"""How the student's mass outside the teacher's tokens is weighed; see :func:`topk_jsd`."""
 
 _LN2 = math.log(2.0)
 # exp() of it is 0 in every dtype, yet differences of it are finite: stands for log 0 where -inf would make NaNs.

@@ -100,6 +100,13 @@ class _Minibatch(NamedTuple):
     privileged: PolicyBatch | None
     distilled: DistillationBatch
 
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens that are put through the policy."""
+        batches = [self.plain] if self.privileged is None else [self.plain, self.privileged]
+        parts = [self.distilled.student, *(items.sequences for items in batches)]
+        return sum(len(ids) for part in parts for ids in part.completion_ids)
+
 
 class _MicroBatch(NamedTuple):
     """One forward and backward pass: a function that returns a sum over tokens, and what the sum is multiplied by."""
@@ -131,6 +138,7 @@ def update_policy(module: UpdatedModule, batch: Experience) -> bool:
     for number in range(num_updates):
         optimizer.zero_grad()
         minibatch = minibatches[number % config.num_minibatches]
+        measured.add("speed/update", minibatch.num_tokens, 0.0)
         policy_losses = _policy_losses(module, minibatch, measured)
         _backward(module, policy_losses, _distillation_losses(module, minibatch.distilled, measured), measured)
         norm = _clip(module.student, config.max_grad_norm)

@@ -85,6 +85,9 @@ def add_adapter(model: Any, config: LoRAConfig) -> None:
             inject_adapter_in_model(prepared, model, adapter_name=_ADAPTER)
         except ValueError as error:
             raise ConfigError(f"model.policy.lora.target_modules: {first_line(error)}") from error
+    for name, parameter in model.named_parameters():
+        if is_adapter(name) and parameter.dtype.itemsize < 4:  # in which small updates are rounded away
+            parameter.data = parameter.data.float()
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     outside = [name for name in names if not name.startswith(model.base_model_prefix) or not is_adapter(name)]
     if outside:
@@ -143,7 +146,7 @@ def merged_weight(model: nn.Module, name: str, *, adapter: bool = True) -> Tenso
     if not hasattr(layer, "base_layer"):
         return model.get_parameter(name).detach()
     weight: Tensor = getattr(layer.base_layer, kind).detach()
-    return weight + layer.get_delta_weight(_ADAPTER).to(weight.dtype) if adapter and kind == "weight" else weight
+    return (weight + layer.get_delta_weight(_ADAPTER)).to(weight.dtype) if adapter and kind == "weight" else weight
 
 
 def save_adapter(model: Any, folder: Path) -> None:

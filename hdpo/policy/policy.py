@@ -54,7 +54,8 @@ class PolicyConfig:
         path: hub id, local folder, or ``pkg://package/folder`` for weights that ship inside a Python package.
         revision: branch, tag or commit on the hub.
         dtype: dtype of the master weights. Keep ``float32``: at a learning rate of 1e-6 updates of bfloat16 weights
-            are rounded away. The computation's dtype is ``trainer.precision``.
+            are rounded away. With ``lora``, ``bfloat16`` is safe: the adapter stays in float32. The computation's dtype
+            is ``trainer.precision``.
         attn_implementation: attention of transformers: ``sdpa``, ``flash_attention_2``, ``eager``.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more compute.
         compile: compile the decoder layers (``torch.compile``): fewer passes over memory in the update, for a minute or

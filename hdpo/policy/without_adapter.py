@@ -1,7 +1,8 @@
-"""The initial policy of a policy with an adapter: the same weights, read with the adapter off."""
+"""Policies on the weights of one that has an adapter: the initial one, with the adapter off, and one with another."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from hdpo.policy.lora import adapter_layers, adapter_off, is_adapter, merged_weight, merged_weights
 from hdpo.policy.policy import Policy
 
-__all__ = ["WithoutAdapter"]
+__all__ = ["WithoutAdapter", "with_own_adapter"]
 
 
 class WithoutAdapter(Policy):
@@ -47,3 +48,9 @@ class WithoutAdapter(Policy):
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters but the adapter's."""
         return (parameter for name, parameter in self.model.named_parameters() if not is_adapter(name))
+
+
+def with_own_adapter(policy: Policy) -> Policy:
+    """Return a policy with an adapter of its own, at first an equal one, on the very weights of ``policy``."""
+    shared = {id(p): p for name, p in policy.model.named_parameters() if not is_adapter(name)}
+    return copy.deepcopy(policy, shared)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hdpo.callbacks import CliffDetection
 from hdpo.experience import Completions, Experience, Prompts, Rollouts
 from hdpo.functional.random import derive_seeds
 from hdpo.losses import JSD, ClippedPolicyLoss, UpdateConfig
@@ -78,6 +79,7 @@ def module():
         pass_k=(1, 2),
         divergence=JSD(),
         policy_loss=ClippedPolicyLoss(),
+        cliffs=CliffDetection(),
         seed=5,
     )
 

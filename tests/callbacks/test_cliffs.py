@@ -1,8 +1,16 @@
 """Which prompts are cliffs."""
 
-import pytest
+from collections import defaultdict
+from types import SimpleNamespace
 
-from hdpo.callbacks import CliffDetection
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from hdpo.callbacks import CliffDetection, LastCheckpoint
+from hdpo.callbacks.history import CliffHistory, Visit
+from hdpo.measurements import Measurements
+from tests.helpers import toy
 
 REWARDS = [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
 
@@ -68,3 +76,130 @@ def test_reference_solutions_join_the_groups_of_cliffs(scored, module, trainer):
 def test_a_negative_threshold_is_refused():
     with pytest.raises(ValueError, match=r"cliffs.threshold"):
         CliffDetection(threshold=-1.0)
+
+
+# Former cliffs
+
+
+def seen(history, step, outcomes):
+    """A step with prompts {row: outcomes}, or pairs of them; "+" is a success, "-" a failure, "?" no verdict."""
+    pairs = list(outcomes.items()) if isinstance(outcomes, dict) else outcomes
+    success, verdict = (torch.tensor([[x in marks for x in text] for _, text in pairs]) for marks in ("+", "+-"))
+    batch = SimpleNamespace(
+        prompts=SimpleNamespace(
+            row=torch.tensor([row for row, _ in pairs]), source=["odd" if r % 2 else "even" for r, _ in pairs]
+        ),
+        rollouts=SimpleNamespace(success=success, has_verdict=verdict, num_generations=success.shape[1]),
+        is_cliff=verdict.all(-1) & ~success.any(-1),
+        measurements=Measurements(),
+    )
+    history.visit(batch, step)
+    return batch.measurements.means()
+
+
+def test_former_cliffs_and_the_steps_that_they_took():
+    history = CliffHistory()
+    first = seen(history, 3, {1: "--", 2: "--", 3: "+-", 4: "-?", 6: "--"})
+    assert first == {"cliff/seen_again": 0, "cliff/seen_again/odd": 0, "cliff/seen_again/even": 0}
+    assert sorted(history.visits) == [1, 2, 6], "what was not graded is no cliff"
+    history.distil([2], 3)
+    means = seen(history, 10, {1: "++", 2: "--", 3: "--", 4: "++"})
+    assert (means["cliff/seen_again"], means["cliff/converted"], means["cliff/steps_to_success"]) == (0.5, 0.5, 7)
+    assert (means["cliff/converted/odd"], means["cliff/converted/even"]) == (1, 0)
+    assert (means["cliff/converted_distilled"], means["cliff/converted_distilled/even"]) == (0, 0)
+    assert "cliff/steps_to_success/even" not in means
+    means = seen(history, 15, {1: "+-", 2: "-+", 3: "--", 6: "?-"})
+    assert means["cliff/seen_again"] == 1
+    assert means["cliff/converted"] == pytest.approx(2 / 3), "of the fourth nothing is known"
+    assert means["cliff/converted_distilled"] == 1
+    assert means["cliff/steps_to_success"] == 12, "the first success alone: it is the second of row 1"
+    assert history.visits == {
+        1: [Visit(3, 0, 2), Visit(10, 2, 2), Visit(15, 1, 2)],
+        2: [Visit(3, 0, 2), Visit(10, 0, 2), Visit(15, 1, 2)],
+        3: [Visit(10, 0, 2), Visit(15, 0, 2)],
+        6: [Visit(3, 0, 2), Visit(15, 0, 1)],
+    }
+    assert history.distilled == {2: 3}
+
+
+def test_a_success_counts_where_a_verdict_is_missing_and_a_problem_may_stand_in_a_batch_twice():
+    history = CliffHistory()
+    seen(history, 0, {8: "--"})
+    means = seen(history, 4, [(8, "+?"), (8, "--"), (9, "--"), (9, "+-")])
+    assert (means["cliff/seen_again"], means["cliff/converted"], means["cliff/steps_to_success"]) == (0.5, 0.5, 4)
+    assert history.visits == {8: [Visit(0, 0, 2), Visit(4, 1, 3)], 9: [Visit(4, 0, 2)]}
+
+
+def test_the_history_goes_through_a_checkpoint(tmp_path):
+    history, restored = CliffHistory(), CliffDetection()
+    torch.save(history.state_dict(), tmp_path / "empty.pt")
+    restored.load_state_dict(torch.load(tmp_path / "empty.pt", weights_only=True))
+    assert (restored.history.visits, restored.history.distilled) == ({}, {})
+    seen(history, 3, {5: "--", 2: "--"})
+    seen(history, 4, {5: "+-"})
+    history.distil([5, 7], 4)
+    station = CliffDetection()
+    station.history = history
+    torch.save(station.state_dict(), tmp_path / "state.pt")
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert restored.history.visits == history.visits
+    assert restored.history.visits[7] == [Visit(4, 0, 0)], "a cliff of somebody else's making"
+    assert restored.history.distilled == {5: 4, 7: 4}
+
+
+class Steps(Callback):
+    """What is needed to find the former cliffs of a run again."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        index = set(batch.distillation.index if batch.distillation else [])
+        self.steps.append(
+            (
+                batch.prompts.row.tolist(),
+                batch.rollouts.outcomes,
+                {
+                    row
+                    for row, i in zip(batch.prompts.row.tolist(), batch.prompts.index.tolist(), strict=True)
+                    if i in index
+                },
+                {name: value for name, value in batch.metrics.items() if name.startswith("cliff/")},
+            )
+        )
+
+
+def test_in_a_run_former_cliffs_are_those_of_earlier_steps_also_after_a_resume(tmp_path):
+    def fit(folder, steps, ckpt_path=None):
+        tape = Steps()
+        trainer = toy.trainer(folder, tape, LastCheckpoint(every_n_steps=4), max_steps=steps, limit_val_batches=0)
+        module = toy.module(optimizer=lambda p: torch.optim.SGD(p, lr=0.01), distillation={"max_cliffs_per_step": 2})
+        # Few problems: they come again after two or three steps.
+        data = toy.datamodule(tmp_path, source=toy.source("train", [4, 5]), num_train_problems=12)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return tape.steps, module.cliffs.history
+
+    steps, history = fit(tmp_path / "a", 8)
+    visits, distilled, found = defaultdict(list), {}, 0
+    for step, (rows, outcomes, kept, metrics) in enumerate(steps):
+        former = [(row, "correct" in group) for row, group in zip(rows, outcomes, strict=True) if row in visits]
+        expected = [success for _, success in former]
+        assert metrics["cliff/seen_again"] == pytest.approx(len(former) / len(rows))
+        assert metrics.get("cliff/converted") == (pytest.approx(sum(expected) / len(expected)) if former else None)
+        known = [success for row, success in former if row in distilled]
+        assert metrics.get("cliff/converted_distilled") == (pytest.approx(sum(known) / len(known)) if known else None)
+        first = [step - visits[r][0][0] for r, success in former if success and not any(v[1] for v in visits[r])]
+        assert metrics.get("cliff/steps_to_success") == (pytest.approx(sum(first) / len(first)) if first else None)
+        found += len(first)
+        for row, group in zip(rows, outcomes, strict=True):
+            if row in visits or set(group) <= {"wrong", "no_answer"}:
+                visits[row].append((step, group.count("correct"), len(group)))
+        distilled |= dict.fromkeys(kept, step)
+    assert found > 0, "somebody must have come back up"
+    assert history.visits == visits
+    assert history.distilled == distilled
+    fit(tmp_path / "b", 4)
+    (checkpoint,) = (tmp_path / "b").rglob("last.ckpt")
+    rest, resumed = fit(tmp_path / "b", 8, checkpoint)
+    assert [step[3] for step in rest] == [step[3] for step in steps[4:]]
+    assert (resumed.visits, resumed.distilled) == (history.visits, history.distilled)

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hdpo.callbacks import CliffReplay, Station
+from hdpo.callbacks import CliffDetection, CliffReplay, Station
 from hdpo.errors import ConfigError
-from hdpo.experience import DistillationBatch, Experience, Prompts, Sequences
+from hdpo.experience import Experience, Prompts
 from tests.helpers import toy
 
 SIZE = 4
@@ -39,23 +39,26 @@ class Run:
         self.replay = replay
         datamodule = SimpleNamespace(prompts_per_step=SIZE, dataset=lambda name: Dataset())
         self.trainer = SimpleNamespace(global_step=0, datamodule=datamodule)
-        self.module = SimpleNamespace(distillation=SimpleNamespace(refresh_every=1))
+        self.module = SimpleNamespace(cliffs=CliffDetection())
 
-    def step(self, distilled=(), solved=()):
-        step = self.trainer.global_step
-        batch = Experience(Dataset().prompts([100 * step + i for i in range(SIZE)], list(range(SIZE))))
+    def step(self, distilled=(), solved=(), rows=None):
+        step, history = self.trainer.global_step, self.module.cliffs.history
+        rows = [100 * step + i for i in range(SIZE)] if rows is None else rows
+        batch = Experience(Dataset().prompts(rows, list(range(SIZE))))
         self.replay.after_prompts(self.trainer, self.module, batch)
-        success = torch.tensor([[row in solved] for row in batch.prompts.row.tolist()])
-        batch.rollouts = SimpleNamespace(success=success)
+        rows = batch.prompts.row.tolist()
+        success = torch.tensor([[False, row in solved] for row in rows])
+        batch.rollouts = SimpleNamespace(success=success, has_verdict=success | True, num_generations=2)
+        batch.is_cliff = ~success.any(-1)
+        history.visit(batch, step)
         self.replay.after_cliffs(self.trainer, self.module, batch)
-        if distilled:
-            rows = batch.prompts.row.tolist()
-            index = [rows.index(row) for row in distilled]
-            texts = Sequences([[1]] * len(index), [[2]] * len(index))
-            batch.distillation = DistillationBatch(texts, texts, [1] * len(index), index)
-        self.replay.after_distillation(self.trainer, self.module, batch)
+        history.distil(distilled, step)
         self.trainer.global_step += 1
         return batch
+
+
+def replayed(batch):
+    return {name: value for name, value in batch.measurements.means().items() if name.startswith("replay/")}
 
 
 def test_a_cliff_returns_after_the_delay_and_once_more_if_it_is_solved():
@@ -71,13 +74,13 @@ def test_a_cliff_returns_after_the_delay_and_once_more_if_it_is_solved():
         [1, 1],
     )
     assert first.prompts.columns["extra"][3] == 10
-    assert first.measurements.means() == {"replay/share": 0.25, "replay/converted": 1.0}
+    assert replayed(first) == {"replay/share": 0.25, "replay/converted": 1.0}
     second = run.step()
     assert second.prompts.row.tolist() == [300, 301, 302, 3]
-    assert second.measurements.means()["replay/converted"] == 0.0
+    assert replayed(second)["replay/converted"] == 0.0
     third = run.step(solved=[1])
     assert third.prompts.row.tolist() == [400, 401, 402, 1], "does it last?"
-    assert third.measurements.means() == {"replay/share": 0.25, "replay/durable": 1.0}
+    assert replayed(third) == {"replay/share": 0.25, "replay/durable": 1.0}
     for _ in range(4):
         assert max(run.step().prompts.row.tolist()) % 100 == 3, "nobody is left"
 
@@ -90,12 +93,24 @@ def test_a_cliff_that_is_distilled_again_waits_again():
     assert run.step().prompts.row.tolist()[-1] == 303
 
 
+def test_a_cliff_that_is_seen_by_chance_has_returned():
+    run = Run(CliffReplay(max_share=0.5, after_steps=2))
+    run.step(distilled=[0, 1])
+    assert replayed(run.step(rows=[0, 1, 11, 12], solved=[1])) == {"replay/share": 0}
+    assert run.step().prompts.row.tolist() == [200, 201, 202, 203], (
+        "row 0 failed, and row 1 waits for its second return"
+    )
+    last = run.step(solved=[1])
+    assert last.prompts.row.tolist() == [300, 301, 302, 1]
+    assert replayed(last) == {"replay/share": 0.25, "replay/durable": 1.0}
+
+
 def test_state_goes_on_after_a_resume():
     run = Run(CliffReplay(max_share=0.5, after_steps=2))
     run.step(distilled=[0, 1, 2])
     run.step()
     other = Run(CliffReplay(max_share=0.5, after_steps=2))
-    other.replay.load_state_dict(run.replay.state_dict())
+    other.module.cliffs.load_state_dict(run.module.cliffs.state_dict())
     other.trainer.global_step = run.trainer.global_step
     for _ in range(4):
         assert other.step(solved=[0]).prompts.row.tolist() == run.step(solved=[0]).prompts.row.tolist()

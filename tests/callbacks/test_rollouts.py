@@ -101,6 +101,11 @@ def test_means_are_over_what_each_is_about(experience):
     assert means["rollout/length"] == 21 / 8
     assert means["rollout/truncated"] == 4 / 8
     assert means["rollout/entropy"] == 0.5, "per token"
+    assert means["rollout/terminated_length"] == (1 + 2 + 2 + 3) / 4
+    # Of the two groups with two verdicts; the other two say nothing about a spread.
+    assert means["rollout/reward_std"] == pytest.approx((0.75 + 1) / 2 / 2**0.5)
+    shares = {"correct": 2, "wrong": 2, "no_answer": 1, "timeout": 1, "error": 2, "invalid_reference": 0}
+    assert {name: means[f"rollout/{name}"] * 8 for name in shares} == shares
 
 
 def test_an_evaluation_checks_a_version_that_no_step_has_checked(module, trainer, experience):

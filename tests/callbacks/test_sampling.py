@@ -72,6 +72,8 @@ def test_each_completion_is_graded_with_its_own_prompts_columns(module, experien
     assert torch.equal(rollouts.sampler_logps, sampled.logps)
     assert torch.equal(rollouts.truncated, sampled.truncated)
     means = measured.means()
+    speed = means.pop("speed/scoring")
+    assert speed * means["time/scoring"] == pytest.approx(sampled.mask.sum()), "completion tokens per second"
     assert {k: v for k, v in means.items() if k != "time/scoring"} == {
         "verifier/correct": 2, "verifier/error": 2, "verifier/wrong": 2
     }  # fmt: skip
@@ -123,7 +125,7 @@ def test_an_engine_samples_in_the_trainers_precision_with_drafts_as_tokens(modul
     assert entered == ["in", "generate", "out"]
     assert given == [(module.student, [[1], [2]], seeds, "sampling", [[12, 0], [0, 0]] if drafts else None)]
     means = measured.means()
-    assert means.pop("time/privileged") >= 0
+    assert means.pop("speed/privileged") * means.pop("time/privileged") == pytest.approx(30)
     assert means == {"spent/completions": 6, "spent/tokens": 30}
     sample(trainer, module, [[1], [2]], seeds, "sampling", measured, "privileged", drafts, policy="another")
     assert given[1][0] == "another"

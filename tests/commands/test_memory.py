@@ -10,6 +10,7 @@ peaks there is one: at 7B and small micro-batches 0.9 of 10.7 GiB, hence 10 %.
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from hdpo.commands.memory import GIB, Shape, is_sharded, memory, policy_config
+from hdpo.commands.memory import GIB, Shape, is_sharded, lora_config, memory, policy_config
 from hdpo.commands.run import read_config
 from hdpo.distributed import shard_policy
 from hdpo.errors import ConfigError
@@ -37,6 +38,7 @@ from hdpo.generation.transformers import _SAMPLE_ELEMENTS
 from hdpo.losses import JSD, ClippedPolicyLoss, UpdateConfig
 from hdpo.losses.update import update_policy
 from hdpo.policy import Policy
+from hdpo.policy.lora import add_adapter
 from hdpo.teacher import teacher_topk
 from tests.helpers.counting import counted
 
@@ -69,12 +71,17 @@ def built(config, architecture):
     if config["model.policy.gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
+    if (lora := lora_config(config)) is not None:
+        # Fake tensors cannot be moved, and are where they should be.
+        with patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+            add_adapter(model, lora)
     policy = Policy(model).train()
     if is_sharded(config):
         shard_policy(policy, dist.device_mesh.init_device_mesh("cpu", (8,)), config.get("model.policy.gather_dtype"))
     # What hdpo.optim.prefer_fused chooses on a GPU.
-    optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
-    for parameter in policy.parameters():
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
@@ -149,6 +156,8 @@ KEPT = ("--model.policy.gradient_checkpointing", "false", "--rollouts.max_new_to
 ALWAYS = ("--model.update.sync_every_micro_batch", "true")
 GATHERED = ("--model.policy.gather_dtype", "bfloat16")
 TOKENS = "--model.update.micro_batch_tokens"
+LORA = ("--model.policy.lora", "{r: 16}")
+LORA16 = (*LORA, "--model.policy.dtype", "bfloat16")
 # Distilled sequences of a length that fills a micro-batch too.
 NORMS = (
     *("--model.update.log_gradient_norms", "true", "--distillation.max_new_tokens", "3072"),
@@ -160,6 +169,7 @@ NORMS = (
     ("size", "arguments"),
     [
         ("1.5", ()),
+        ("1.5", LORA16),
         *(
             pytest.param(size, arguments, marks=pytest.mark.slow)
             for size, arguments in [
@@ -170,6 +180,8 @@ NORMS = (
                 ("1.5", NORMS),
                 ("7", ()),
                 ("7", (TOKENS, "2048")),
+                ("1.5", LORA),
+                ("7", LORA16),
                 ("7", FSDP2),
                 ("7", (*FSDP2, TOKENS, "4096")),
                 ("7", (*FSDP2, *ALWAYS)),
@@ -183,14 +195,15 @@ def test_a_step_allocates_what_the_formula_says(size, arguments, ranks):
     name, config = f"Qwen/Qwen2.5-{size}B", complete(*arguments)
     sharded = is_sharded(config)
     peaks, lasting = step(config, name)
-    shape = Shape.of(policy_config(name))
+    shape = Shape.of(policy_config(name), lora_config(config))
     planned = memory(shape, config, ranks if sharded else 1, 80 * GIB)
-    weight = shape.num_parameters * (2 if arguments is BF16 else 4)
-    ours = weight / ranks if sharded else weight
-    assert lasting == pytest.approx(3 * ours, rel=EXACT)
-    assert planned["optimizer"] == pytest.approx(4 * ours, rel=EXACT)
-    assert peaks["optimizer"] == pytest.approx(planned["optimizer"], rel=EXACT)
-    gradients = (ours if ALWAYS[0] in arguments else weight) + (ours if arguments is NORMS else 0)
+    weight = shape.num_parameters * (2 if "bfloat16" in arguments else 4)
+    frozen, trained = (weight, 4 * shape.adapter) if shape.adapter else (0, weight)
+    ours = trained / ranks if sharded else trained
+    assert lasting == pytest.approx(frozen + 3 * ours, rel=EXACT)
+    assert planned["optimizer"] == pytest.approx(frozen + 4 * ours, rel=EXACT)
+    assert peaks["optimizer"] == pytest.approx(planned["optimizer"], rel=EXACT, abs=8 * 2**20)
+    gradients = (ours if ALWAYS[0] in arguments else trained) + (ours if arguments is NORMS else 0)
     for phase, known in (("teacher", lasting), ("update", lasting + gradients)):
         passing, expected = peaks[phase] - known, planned[phase] - known
         assert expected == pytest.approx(passing, rel=SHARDED if sharded else PASSING), phase

@@ -7,6 +7,7 @@ import pytest
 from hdpo.cli import main
 from hdpo.commands.memory import GIB, PHASES, Shape, memory, policy_config
 from hdpo.commands.run import read_config
+from hdpo.policy import LoRAConfig
 
 HDPO = ("--config", "hdpo")
 SGD = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1")
@@ -61,6 +62,48 @@ FROZEN, EMA = ("--config", "teacher/frozen"), ("--config", "teacher/ema")
 def test_a_key_moves_the_phases_that_it_should(before, arguments, changes):
     after = planned(*arguments)
     assert {phase: after[phase] - before[phase] for phase in PHASES} == changes
+
+
+LORA = ("--model.policy.lora", "{r: 8, target_modules: [q_proj, down_proj]}")
+#: Two matrices for each of 28 layers' query projection (1,536 x 1,536) and down projection (8,960 x 1,536).
+ADAPTER = 28 * 8 * (1536 + 1536 + 8960 + 1536)
+
+
+def test_an_adapter_alone_has_gradients_and_optimizer_state_and_no_second_copy_of_the_weights():
+    lora = LoRAConfig(r=8, target_modules=["q_proj", "down_proj"])
+    shape = Shape.of(policy_config("Qwen/Qwen2.5-1.5B"), lora)
+    assert (shape.adapter, shape.rank, shape.adapted) == (ADAPTER, 8, {"q_proj", "down_proj"})
+    assert shape.num_parameters == SHAPE.num_parameters
+
+    def peaks(*arguments, devices=1):
+        return memory(shape, read_config([*HDPO, *LORA, *arguments]), devices, 80 * GIB)
+
+    before = peaks()
+    assert before["optimizer"] == WEIGHTS + 4 * ADAPTER * (1 + 1 + 2), "weights, adapter, its gradient, two moments"
+    assert peaks("--model.policy.dtype", "bfloat16")["optimizer"] == WEIGHTS // 2 + 16 * ADAPTER, "in float32"
+    initial = peaks(*FROZEN, *KL, "--distillation.sampled_by", "initial")
+    assert initial == before, "the initial policy is the same weights"
+    for arguments, devices in ((EMA, 1), (("--trainer.strategy", "ddp"), 2)):
+        after = peaks(*arguments, devices=devices)
+        for phase in ("teacher", "update", "optimizer"):
+            assert after[phase] - before[phase] == 4 * ADAPTER, "one more adapter; DDP's copy of its gradient"
+
+
+def test_seven_billion_with_an_adapter_fit_one_gpu(capsys):
+    seven = (*HDPO, "--model.policy.path", "Qwen/Qwen2.5-7B")
+    assert {row["set"] for row in rows(capsys, *seven, status=1).values()} == {"does not fit"}
+    found = rows(capsys, *seven, "--model.policy.dtype", "bfloat16", "--model.policy.lora", "{r: 16}")
+    assert set(found) == {("none", "transformers"), ("none", "vLLM")}
+    for row in found.values():
+        assert row["set"] != "does not fit"
+        assert max(float(row[phase].strip("*")) for phase in PHASES) <= 80
+    assert found["none", "vLLM"]["set"] == "--config engine/vllm"
+
+
+def test_fsdp2_cannot_shard_an_adapter(capsys):
+    assert {strategy for strategy, _ in rows(capsys, *HDPO, *LORA, "--devices", "8")} == {"DDP"}
+    assert main(["plan", *HDPO, *LORA, *FSDP2, "--devices", "8"]) == 2
+    assert "model.policy.lora cannot be sharded by FSDP2" in capsys.readouterr().err
 
 
 #: Bytes of 256 sequences' KV cache per token of each: keys and values in bfloat16.

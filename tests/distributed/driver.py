@@ -113,7 +113,9 @@ class Tape(Callback):
                 "denominators": [items[k][1] for k in ("loss/policy",)] + [items.get("loss/distillation", (0, 0))[1]],
                 "gap": items.get("sampler/logprob_gap_max", (None,))[0],
                 "merged_gap": batch.metrics.get("sampler/logprob_gap_max"),
-                "metrics": {k: v for k, v in batch.metrics.items() if not k.startswith(("time/", "sampler/"))},
+                "metrics": {
+                    k: v for k, v in batch.metrics.items() if not k.startswith(("time/", "speed/", "sampler/"))
+                },
                 "syncs": self.syncs,
                 "backwards": self.backwards,
                 "weights": full_weights(pl_module.student),

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from hdpo import distributed
-from hdpo.callbacks import CliffReplay, DistillationRefresh, Evaluation, LastCheckpoint, PredictionWriter
+from hdpo.callbacks import DistillationRefresh, Evaluation, LastCheckpoint, PredictionWriter
+from hdpo.callbacks.history import CliffHistory, Visit
 from hdpo.distributed import all_max, all_sum, gather_objects, merged_means, rank, world_size
 from hdpo.errors import ConfigError, StopRequested
 from hdpo.experience import Sequences
@@ -35,7 +36,9 @@ def ranks(tmp_path_factory):
 
 def everything(rank):
     found = {}
-    for scenario in (values, objects, cliffs, replayed, buffers, refresh, records, several_updates, sharded, options):
+    for scenario in (
+        values, objects, cliffs, former_cliffs, buffers, refresh, records, several_updates, sharded, options
+    ):  # fmt: skip
         found[scenario.__name__] = scenario(rank)
         dist.barrier()
     return found
@@ -113,31 +116,33 @@ def entry(number):
     return ([number], [number, 1], [number, 2], 10 + number)
 
 
-def replayed(number):
-    """Of four former cliffs the ranks see two each; rows 10 and 13 come back for the first time and are solved."""
-    replay = CliffReplay(max_share=1.0, after_steps=2)
-    replay._waiting = {10: (0, 0), 11: (0, 0), 12: (0, 1), 13: (0, 0)}
-    replay._returned = {0: 10, 1: 11, 2: 12, 3: 13}
-    index = torch.tensor([[0, 2], [1, 3]][number])
-    solved = torch.tensor([[[False, True], [True, True]], [[False, False], [True, False]]][number])
+def former_cliffs(number):
+    """Rows 10, 11 and 12 were cliffs; rank 0 sees 10 and 20 (twice, once with a success), rank 1 sees 12, 10 and 21."""
+    history = CliffHistory()
+    history.visits = {row: [Visit(1, 0, 2)] for row in (10, 11, 12)}
+    rows = [[10, 20, 20], [12, 10, 21]][number]
+    success = torch.tensor([[[0, 1], [0, 0], [1, 0]], [[0, 0], [1, 1], [0, 0]]][number]).bool()
     batch = SimpleNamespace(
-        prompts=SimpleNamespace(index=index, row=index + 100),
-        rollouts=SimpleNamespace(success=solved),
-        distillation=SimpleNamespace(index=[[2], [1, 1]][number]),
+        prompts=SimpleNamespace(row=torch.tensor(rows), source=["s"] * 3),
+        rollouts=SimpleNamespace(success=success, has_verdict=success | True, num_generations=2),
+        is_cliff=~success.any(-1),
         measurements=Measurements(),
     )
-    trainer = SimpleNamespace(global_step=5)
-    replay.after_cliffs(trainer, None, batch)
-    after_cliffs = replay.state_dict()
-    replay.after_distillation(trainer, SimpleNamespace(distillation=SimpleNamespace(refresh_every=1)), batch)
-    return after_cliffs, replay.state_dict()
+    history.visit(batch, 5)
+    history.distil([[20], [21, 21, 12]][number], 5)
+    return history.visits, history.distilled, merged_means(batch.measurements)
 
 
-def test_all_ranks_know_which_former_cliffs_wait(ranks):
-    for found in ranks:
-        after_cliffs, after_distillation = found["replayed"]
-        assert sorted(after_cliffs["waiting"]) == [[10, 7, 1], [13, 7, 1]]
-        assert sorted(after_distillation["waiting"]) == [[10, 7, 1], [13, 7, 1], [101, 7, 0], [102, 7, 0]]
+def test_all_ranks_know_the_same_cliffs(ranks):
+    for visits, distilled, means in (found["former_cliffs"] for found in ranks):
+        assert visits == {
+            10: [Visit(1, 0, 2), Visit(5, 3, 4)], 11: [Visit(1, 0, 2)], 12: [Visit(1, 0, 2), Visit(5, 0, 2)],
+            20: [Visit(5, 0, 2)], 21: [Visit(5, 0, 2)],
+        }  # fmt: skip
+        assert distilled == {12: 5, 20: 5, 21: 5}
+        assert means["cliff/seen_again"] == 3 / 6
+        assert means["cliff/converted"] == 2 / 3
+        assert means["cliff/steps_to_success"] == 4
 
 
 def buffers(number):
@@ -203,6 +208,7 @@ def refresh(number):
         policy_loss=ClippedPolicyLoss(),
         update=UpdateConfig(micro_batch_tokens=1),
         divergence=JSD(),
+        cliffs=SimpleNamespace(history=CliffHistory()),
         seed=5,
     )
     trainer = SimpleNamespace(

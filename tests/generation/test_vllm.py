@@ -13,7 +13,10 @@ from hdpo.errors import ConfigError, TrainingStopped
 from hdpo.generation import SamplingConfig
 from hdpo.generation.vllm import VLLMEngine
 from hdpo.generation.vllm_start import config_folder
-from hdpo.policy import Policy
+from hdpo.policy import LoRAConfig, Policy
+from hdpo.policy.lora import add_adapter
+from hdpo.policy.without_adapter import WithoutAdapter, with_own_adapter
+from tests.helpers.tolerances import F32
 
 SAMPLING = SamplingConfig(max_new_tokens=4, temperature=1.0, eos_token_ids=(2,))
 NO_SEEDS = torch.zeros(0, 2, dtype=torch.int64)
@@ -130,7 +133,8 @@ class FakeLLM:
         self.calls.append(method)
         if self.fail:
             raise RuntimeError("half of the weights are new")
-        assert len(list(kwargs["weights_iterator"])) > 1
+        self.weights = {name: weight.clone() for name, weight in kwargs["weights_iterator"]}
+        assert len(self.weights) > 1
 
 
 @pytest.fixture
@@ -155,6 +159,35 @@ def test_it_wakes_weights_synchronises_and_wakes_the_cache_last(engine):
     sync = ["reload_weights", "reset prefix cache"]
     assert engine.fake.calls == [*sync, "sleep 2", "wake weights", *sync, "wake kv_cache"]
     assert engine.sync_version() == 2
+
+
+def test_an_adapter_reaches_the_engine_within_the_weights(engine, tmp_path, monkeypatch):
+    """vLLM is given a model without an adapter: the policy's own, the initial one and an average in turn."""
+    pytest.importorskip("peft")
+    plain, policy = build().model, build()
+    add_adapter(policy.model, LoRAConfig(r=2, alpha=6.0, target_modules=["q_proj", "down_proj"]))
+    average, initial = with_own_adapter(policy), WithoutAdapter(policy)
+    torch.manual_seed(1)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    ids, found = torch.tensor([[5, 9, 11, 4]]), []
+    for sampled in (policy, initial, average, policy):
+        engine.generate(sampled, [], NO_SEEDS, SAMPLING)
+        assert set(engine.fake.weights) == {name for name, _ in plain.named_parameters()}
+        model = build().model
+        model.load_state_dict(engine.fake.weights)
+        with torch.no_grad():
+            found.append(model(input_ids=ids).logits)
+    with torch.no_grad():
+        own, base = (model(input_ids=ids).logits for model in (policy.model, plain))
+    assert (own - base).abs().max() > 0.01
+    for logits, expected in zip(found, (own, base, base, own), strict=True):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=16 * F32 * float(expected.abs().max()))
+    assert engine.sync_version() == 4, "the initial policy and an average that has not moved differ in their matrices"
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    folders = {config_folder(model, untie_embeddings=False) for model in (policy.model, plain)}
+    assert len(folders) == 1, "one architecture: the adapter is no part of it"
 
 
 def test_after_a_sleep_the_weights_are_streamed_though_they_have_not_moved(engine):

@@ -144,6 +144,9 @@ class Reference:
         self.optimizer = options.optimizer(self.student.parameters())
         self.base_lr = self.optimizer.param_groups[0]["lr"]
         self.num_steps = 0
+        #: Row of each former cliff -> (step, whether it had a success) of every visit; and the rows ever distilled.
+        self.visits: dict[int, list[tuple[int, bool]]] = {}
+        self.distilled_rows: set[int] = set()
         #: (prompt's index, student context, privileged context, completion) of every kept rollout.
         self.buffer: list[tuple[int, list[int], list[int], list[int]]] = []
 
@@ -239,9 +242,17 @@ class Reference:
                     means.add("rollout/reward", rewards[b][k])
                     means.add(f"rollout/reward/{source}", rewards[b][k])
                 means.add("rollout/length", len(ids))
+                if not rollouts.truncated[b][k]:
+                    means.add("rollout/terminated_length", len(ids))
+                for name in ("correct", "wrong", "no_answer", "timeout", "error", "invalid_reference"):
+                    means.add(f"rollout/{name}", outcomes[k] == name)
                 means.add("rollout/truncated", rollouts.truncated[b][k])
                 means.add("rollout/entropy", -sum(rollouts.logps[b][k]), len(ids))
+            known = [r for r in rewards[b] if r is not None]
+            if len(known) > 1:
+                means.add("rollout/reward_std", _std(known))
         is_cliff = [all(r == 0 for r in group) for group in rewards]
+        self._former_cliffs(prompts, is_cliff, rewards, means)
         for b in range(num):
             for suffix in ("", f"/{prompts.source[b]}"):
                 means.add(f"cliff/fraction{suffix}", is_cliff[b])
@@ -253,6 +264,9 @@ class Reference:
         count("spent/completions", sum(map(len, rollouts.ids)) + (sum(map(len, privileged.ids)) if privileged else 0))
         for call in filter(None, (rollouts, privileged)):
             count("spent/tokens", sum(len(ids) for group in call.ids for ids in group))
+        row_of = dict(zip(prompts.index.tolist(), prompts.row.tolist(), strict=True))
+        if self.num_steps % o.refresh_every == 0:
+            self.distilled_rows |= {row_of[entry[0]] for entry in self.buffer}
         groups = self._groups(prompts, rollouts, rewards, is_cliff, count)
         distilled = self._read_by_teacher() if o.distillation_weight > 0 else []
 
@@ -310,6 +324,27 @@ class Reference:
             + o.distillation_weight * metrics.get("loss/distillation", 0.0)
         )
         return Expected(flat(self.student), metrics, is_cliff)
+
+    def _former_cliffs(
+        self, prompts: Any, is_cliff: list[bool], rewards: list[list[float | None]], means: _Mean
+    ) -> None:
+        """Which prompts that were a cliff once have a success now."""
+        now = []
+        for b, row in enumerate(prompts.row.tolist()):
+            former, success = self.visits.get(row), 1.0 in rewards[b]
+            for suffix in ("", f"/{prompts.source[b]}"):
+                means.add(f"cliff/seen_again{suffix}", former is not None)
+                if former is None or (not success and None in rewards[b]):
+                    continue
+                means.add(f"cliff/converted{suffix}", success)
+                if row in self.distilled_rows:
+                    means.add(f"cliff/converted_distilled{suffix}", success)
+                if success and not any(solved for _, solved in former):
+                    means.add(f"cliff/steps_to_success{suffix}", self.num_steps - former[0][0])
+            if former is not None or is_cliff[b]:
+                now.append((row, success))
+        for row, success in now:
+            self.visits.setdefault(row, []).append((self.num_steps, success))
 
     def _groups(
         self, prompts: Any, rollouts: Sampled, rewards: list[list[float | None]], is_cliff: list[bool], count: Any

@@ -1,5 +1,6 @@
 """LoRA: a step against the dense reference, one set of weights, and what is saved. Needs peft."""
 
+import copy
 import json
 from itertools import pairwise
 
@@ -19,6 +20,7 @@ from hdpo.policy import Policy, PolicyConfig
 from hdpo.policy.lora import LoRAConfig, adapter_layers, adapter_off, is_adapter
 from hdpo.policy.packing import TokenBatch
 from hdpo.policy.without_adapter import WithoutAdapter
+from hdpo.teacher import EMATeacher
 from tests.distributed.driver import KEEP_ALL
 from tests.distributed.launch import results, run_scenarios
 from tests.helpers import toy
@@ -77,12 +79,8 @@ class LoRAReference(Reference):
                 for name, value in list(module.named_parameters(recurse=False)):
                     delattr(module, name)
                     module.register_buffer(name, value.detach())
-        self.average = None
+        self.average = copy.deepcopy(self.student)
         self.optimizer = options.optimizer(self.student.parameters())
-
-    def step(self, prompts, rollouts, privileged):
-        self.average = self.student  # unused: there is no EMA teacher here
-        return super().step(prompts, rollouts, privileged)
 
 
 class Matrices(Callback):
@@ -100,8 +98,12 @@ class Matrices(Callback):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"teacher": "frozen", "kl_coef": 0.3, "sampled_by": "initial"}],
-    ids=["drifting", "initial policy in three places"],
+    [
+        {},
+        {"teacher": "frozen", "kl_coef": 0.3, "sampled_by": "initial"},
+        {"teacher": "ema", "teacher_decay": 0.7, "sampled_by": "ema"},
+    ],
+    ids=["drifting", "initial policy in three places", "an average of the adapter"],
 )
 def test_steps_equal_the_dense_reference(tmp_path, options):
     chosen = Options(optimizer=sgd, num_warmup_steps=0, **options)
@@ -184,6 +186,54 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for a, b in zip(gradients(True), gradients(False), strict=True):
         assert float(b.norm()) > 0
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def num_bytes(*models):
+    """Of all distinct storages."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
+    return sum(storages.values())
+
+
+def test_an_average_of_the_adapter_stands_on_the_same_weights(policy):
+    teacher = EMATeacher(0.75)
+    teacher.prepare(policy, lambda: pytest.fail("a second copy"))
+    average = teacher.policy(policy)
+    adapter = sum(p.numel() * p.element_size() for p in trained(policy))
+    assert num_bytes(policy, average) == num_bytes(policy) + adapter, "one more adapter, and nothing else"
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    for p in trained(policy):
+        p.data += 1.0
+    teacher.update(policy)
+    for name, p in average.named_parameters():
+        expected = before[name] + 0.25 if is_adapter(name) else before[name]
+        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-15)
+        assert not p.requires_grad
+    assert all(p.requires_grad == is_adapter(name) for name, p in policy.named_parameters())
+    # Under their names they are what an engine samples from.
+    assert {name for name, _ in average.named_weights()} == {name for name, _ in policy.named_weights()}
+    ids = torch.tensor([[5, 9, 11, 4]])
+    merged = AutoModelForCausalLM.from_pretrained(LAB, dtype=torch.float64)
+    merged.load_state_dict(dict(named_weights(average, torch.float64)), strict=False)
+    torch.testing.assert_close(logits(merged, ids), logits(average.model, ids), rtol=0, atol=1e-12)
+    assert (logits(average.model, ids) - logits(policy.model, ids)).abs().max() > 0.01
+
+
+def test_the_adapter_of_a_policy_in_16_bits_is_in_float32():
+    """Updates of a bfloat16 number that are smaller than 1/256 of it are lost."""
+    policy = Policy.load(PolicyConfig("pkg://hdpo.lab/policy", dtype="bfloat16", lora=CONFIG))
+    dtypes = {is_adapter(name): p.dtype for name, p in policy.named_parameters()}
+    assert dtypes == {False: torch.bfloat16, True: torch.float32}
+    torch.manual_seed(3)
+    for p in trained(policy):
+        p.data += 0.05 * torch.randn_like(p)
+    layer = policy.model.model.layers[0].self_attn.q_proj
+    exact = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
+    merged = policy.weight("model.layers.0.self_attn.q_proj.weight")
+    assert merged.dtype == torch.bfloat16
+    torch.testing.assert_close(merged.double(), exact, rtol=2.0**-8, atol=1e-7)  # rounded once
+    ids = torch.tensor([[5, 9, 11, 4]])
+    plain = AutoModelForCausalLM.from_pretrained(LAB, dtype=torch.bfloat16)
+    assert logits(policy.model, ids).dtype == logits(plain, ids).dtype
 
 
 def test_engines_get_merged_weights(policy):

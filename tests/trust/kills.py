@@ -115,7 +115,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     curves = {
         name: points
         for name, points in read_curves(run).items()
-        if not name.startswith(("time/", "sampler/")) and name not in ("epoch",)
+        if not name.startswith(("time/", "speed/", "sampler/")) and name not in ("epoch",)
     }
     return {
         "runs": sorted(p.name for p in (folder / "runs/lab").iterdir()),
