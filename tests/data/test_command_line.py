@@ -201,3 +201,11 @@ def test_a_base_model_gets_its_template_by_name_or_file(workplace, capsys):
         (workplace / "config.yaml").unlink()
     assert prompts[0].endswith("A:")
     assert prompts[1].endswith("<think>")
+
+
+def test_a_runs_configuration_keeps_the_programs_order(capsys):
+    """Sections stand as ``--help`` lists them, and not by the alphabet."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "lab", "--print_config"])
+    sections = list(yaml.safe_load(capsys.readouterr().out))
+    assert sections.index("seed_everything") < sections.index("trainer") < sections.index("model") < sections.index("data")
