@@ -208,4 +208,6 @@ def test_a_runs_configuration_keeps_the_programs_order(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", "lab", "--print_config"])
     sections = list(yaml.safe_load(capsys.readouterr().out))
-    assert sections.index("seed_everything") < sections.index("trainer") < sections.index("model") < sections.index("data")
+    assert (
+        sections.index("seed_everything") < sections.index("trainer") < sections.index("model") < sections.index("data")
+    )
