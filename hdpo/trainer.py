@@ -4,13 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from hdpo.errors import ConfigError
 
-__all__ = ["check_strategy", "check_trainer", "end_properly"]
+__all__ = ["UnboundDDPStrategy", "UnboundModelParallelStrategy", "check_strategy", "check_trainer", "end_properly"]
 
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+
+
+class _UnboundGroup:
+    """Frees the default process group of the device that Lightning binds it to.
+
+    Groups that are formed inside a bound group, as vLLM forms its own, get their NCCL communicators by splitting its
+    communicator, for which all ranks must meet (``bound_device_id`` in torch.distributed). Else each gets a new one.
+    """
+
+    def setup_environment(self) -> None:
+        """As Lightning's, and then without a device."""
+        super().setup_environment()  # type: ignore[misc]
+        dist.group.WORLD.bound_device_id = None  # type: ignore[union-attr]
+
+
+class UnboundDDPStrategy(_UnboundGroup, DDPStrategy):
+    """DDP whose process group has no device; see configs/strategy/README.md for when to try it."""
+
+
+class UnboundModelParallelStrategy(_UnboundGroup, ModelParallelStrategy):
+    """FSDP2 whose process group has no device; see configs/strategy/README.md for when to try it."""
 
 
 class _ResumableFitLoop(_FitLoop):
@@ -70,8 +93,6 @@ def check_strategy(strategy: Any, num_processes: int) -> None:
     Raises:
         ConfigError: the message names the key, and what to set.
     """
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
     if not isinstance(strategy, ModelParallelStrategy):
         return
     # Lightning's "auto" is one process per machine for the data, and the rest for the policy's tensors.

@@ -26,7 +26,7 @@ from hdpo.experience import Completions
 from hdpo.generation.engine import GenerationEngine, SamplingConfig
 from hdpo.generation.isolation import apart_from_training, process_state_kept
 from hdpo.generation.vllm_requests import check_lengths, completions_of, requests_of
-from hdpo.generation.vllm_start import cache_root, config_folder, refuse_expandable_segments
+from hdpo.generation.vllm_start import cache_root, check_expandable_segments, config_folder
 from hdpo.generation.vllm_weights import first_rows, weights_all_loaded
 from hdpo.generation.weights import named_weights, weights_fingerprint
 from hdpo.policy import Policy
@@ -101,7 +101,7 @@ class VLLMEngine(GenerationEngine):
         if not 0 < gpu_memory_utilization <= 1:
             raise ConfigError(f"model.engine.gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}")
         if free_memory_during_update:
-            refuse_expandable_segments(os.environ)
+            check_expandable_segments(os.environ)
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
             raise ConfigError(
                 "VLLM_ENABLE_V1_MULTIPROCESSING is set, but the engine must run in the training process: unset it"

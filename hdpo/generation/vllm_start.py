@@ -15,7 +15,7 @@ from hdpo.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["cache_root", "config_folder", "refuse_expandable_segments"]
+__all__ = ["cache_root", "check_expandable_segments", "config_folder"]
 
 
 def cache_root() -> Path:
@@ -60,15 +60,20 @@ def config_folder(model: PreTrainedModel, *, untie_embeddings: bool) -> Path:
     return folder
 
 
-def refuse_expandable_segments(environment: Mapping[str, str]) -> None:
-    """Refuse memory settings that vLLM's sleep mode cannot work with.
+def check_expandable_segments(environment: Mapping[str, str]) -> None:
+    """Refuse expandable segments where vLLM does not see them.
+
+    The pool of its sleep mode cannot have them, so that vLLM switches them off while it fills the pool. It looks for
+    these very letters in one variable (vllm.device_allocator.cumem); else sleeping frees nothing.
 
     Raises:
         ConfigError: the message names the variable.
     """
+    seen = "expandable_segments:True" in environment.get("PYTORCH_CUDA_ALLOC_CONF", "")
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if "expandable_segments:true" in environment.get(name, "").lower().replace(" ", ""):
+        if not seen and "expandable_segments:true" in environment.get(name, "").lower().replace(" ", ""):
             raise ConfigError(
-                f"{name} has expandable_segments:True, which the memory pool of vLLM's sleep mode cannot share: unset "
-                "it, or set model.engine.free_memory_during_update to false"
+                f"{name} asks for expandable segments where vLLM's sleep mode does not look: write exactly "
+                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, unset it, or set "
+                "model.engine.free_memory_during_update to false"
             )

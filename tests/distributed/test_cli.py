@@ -49,9 +49,9 @@ def fit(folder, overlay, *, expected=0, **options):
 LESS = {"model.policy.gather_dtype": "bfloat16", "model.update.sync_every_micro_batch": "true"}
 
 
-@pytest.mark.parametrize(("overlay", "options"), [("ddp", {}), ("fsdp2", {}), ("fsdp2", LESS)])
+@pytest.mark.parametrize(("overlay", "options"), [("ddp", {}), ("fsdp2", {}), ("fsdp2", LESS), ("fsdp2_unbound", {})])
 def test_fit_with_an_overlay(tmp_path, overlay, options):
-    size = {"trainer.strategy.init_args.data_parallel_size": 2} if overlay == "fsdp2" else {}
+    size = {"trainer.strategy.init_args.data_parallel_size": 2} if overlay.startswith("fsdp2") else {}
     text = fit(tmp_path, overlay, more=size | options)
     assert "sync_dist" not in text  # what is logged is the same on all ranks already
     assert "Warning" not in text
@@ -60,7 +60,7 @@ def test_fit_with_an_overlay(tmp_path, overlay, options):
     assert len(read_records(run / "evaluations/step_000002.jsonl.gz").rows) == 5
     assert (run / "summary.json").is_file()
     assert (run / "policy/model.safetensors").is_file()
-    assert (run / "checkpoints/last.ckpt").is_dir() == (overlay == "fsdp2")
+    assert (run / "checkpoints/last.ckpt").is_dir() == overlay.startswith("fsdp2")
 
 
 DATA_PARALLEL = "trainer.strategy.init_args.data_parallel_size"

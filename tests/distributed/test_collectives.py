@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hdpo import distributed
 from hdpo.callbacks import DistillationRefresh, Evaluation, LastCheckpoint, PredictionWriter
@@ -20,6 +21,7 @@ from hdpo.losses import JSD, ClippedPolicyLoss, UpdateConfig
 from hdpo.losses.update import update_policy
 from hdpo.measurements import Measurements
 from hdpo.policy.packing import TokenBatch
+from hdpo.trainer import UnboundDDPStrategy, UnboundModelParallelStrategy, _UnboundGroup
 from tests.helpers.models import random_ids, random_policy
 from tests.helpers.processes import run_on
 from tests.helpers.tolerances import F32
@@ -541,3 +543,25 @@ def test_a_policy_that_is_whole_needs_none_of_it():
         pass
     state = distributed.full_state_dict(policy.model)
     assert all(torch.equal(state[name], value) for name, value in policy.model.state_dict().items())
+
+
+class _Bound:
+    """A strategy that binds the process group to a device, as Lightning's do on a GPU."""
+
+    def setup_environment(self):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        dist.group.WORLD.bound_device_id = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("kind", [UnboundDDPStrategy, UnboundModelParallelStrategy])
+def test_an_unbound_strategy_leaves_no_device_to_the_process_group(kind):
+    assert kind.__mro__[1] is _UnboundGroup, "before Lightning's own"
+
+    class Strategy(_UnboundGroup, _Bound):
+        pass
+
+    try:
+        Strategy().setup_environment()
+        assert dist.group.WORLD.bound_device_id is None
+    finally:
+        dist.destroy_process_group()

@@ -77,13 +77,25 @@ def test_bad_options_name_their_key(installed, argument, value):
         VLLMEngine(**{argument: value})
 
 
-@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
-def test_expandable_segments_are_refused_where_the_engine_sleeps(installed, monkeypatch, name):
-    monkeypatch.setenv(name, "max_split_size_mb:512, expandable_segments:True")
-    with pytest.raises(ValueError, match=f"^{name} has expandable_segments:True.*free_memory_during_update"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments: true"),
+    ],
+)
+def test_expandable_segments_are_refused_where_vllm_does_not_see_them(installed, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^{name} asks for expandable segments.*PYTORCH_CUDA_ALLOC_CONF=expandable_"):
         VLLMEngine()
     VLLMEngine(free_memory_during_update=False)
     monkeypatch.setenv(name, "expandable_segments:False")
+    VLLMEngine()
+
+
+def test_expandable_segments_are_left_to_vllm_where_it_sees_them(installed, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True")
     VLLMEngine()
 
 
