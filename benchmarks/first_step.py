@@ -41,9 +41,9 @@ def rows(number: int, seed: int = 0) -> Iterator[dict[str, str]]:
             name, other, thing = rng.choice(NAMES), rng.choice(NAMES), rng.choice(THINGS)
             made, total = each * days, first + each * days
             row = {
-                "question": f"{name} owns {first} {thing} and makes {each} more of them every day for {days} days. Then "
-                f"{other} comes to the market and wants to buy all of the {thing} that {name} has by now, at a price of "
-                f"${price} for each one. How many dollars does {other} have to pay {name} in total?",
+                "question": f"{name} owns {first} {thing} and makes {each} more of them every day for {days} days. "
+                f"Then {other} comes to the market and wants to buy all of the {thing} that {name} has by now, for "
+                f"${price} each. How many dollars does {other} have to pay {name} in total?",
                 "answer": f"In {days} days {name} makes {each} * {days} = <<{each}*{days}={made}>>{made} {thing}.\n"
                 f"Together with those of the beginning that is {made} + {first} = <<{made}+{first}={total}>>{total} "
                 f"{thing}.\nAt ${price} for each one {other} has to pay {total} * {price} = "
