@@ -15,7 +15,7 @@ USAGE = """usage: python -m hdpo COMMAND [--config FILE] [--KEY VALUE] ...
 
 Hybrid Distillation Policy Optimization: GRPO plus privileged self-distillation on cliff prompts.
 
-commands that run a configuration (`COMMAND --help` lists every key):
+commands that run a configuration (`COMMAND --help` lists the sections, `COMMAND --help SECTION` their keys):
   fit         train; --resume auto continues the newest run of this configuration, --ckpt_path FILE the one named
   validate    evaluate on the validation split: pass@k, greedy accuracy, one record per problem
   test        the same on the test split
