@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hdpo.errors import ConfigError
+from hdpo.errors import ConfigError, did_you_mean
 
 __all__ = ["main"]
 
@@ -15,7 +15,7 @@ USAGE = """usage: python -m hdpo COMMAND [--config FILE] [--KEY VALUE] ...
 
 Hybrid Distillation Policy Optimization: GRPO plus privileged self-distillation on cliff prompts.
 
-commands that run a configuration (`COMMAND --help` lists every key):
+commands that run a configuration (`COMMAND --help` lists the sections, `COMMAND --help SECTION` their keys):
   fit         train; --resume auto continues the newest run of this configuration, --ckpt_path FILE the one named
   validate    evaluate on the validation split: pass@k, greedy accuracy, one record per problem
   test        the same on the test split
@@ -64,7 +64,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     try:
         if args[0] not in _MODULES:
-            raise ConfigError(f"there is no command {args[0]!r}; choose one of {', '.join(_MODULES)}")
+            nearest = did_you_mean(args[0], _MODULES)
+            raise ConfigError(f"there is no command {args[0]!r}; choose one of {', '.join(_MODULES)}{nearest}")
         command = importlib.import_module(_MODULES[args[0]])
         status: int = command.main(args if command.__name__ == "hdpo.commands.run" else args[1:])
     except ConfigError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "check_at_least",
     "check_choice",
     "check_positive",
+    "did_you_mean",
     "first_line",
     "instance_of",
 ]
@@ -54,6 +56,19 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def did_you_mean(word: str, known: Iterable[str], ending: str = "") -> str:
+    """The end of a message about a name that there is not: the nearest one that there is, or nothing.
+
+    Example:
+        >>> did_you_mean("modle", ["model", "data"]), did_you_mean("model", ["data"])
+        ('; did you mean model?', '')
+    """
+    import difflib
+
+    nearest = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {nearest[0]}{ending}?" if nearest else ""
 
 
 def check_choice(key: str, value: Any, choices: tuple[Any, ...]) -> None:

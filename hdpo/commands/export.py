@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from hdpo.checkpoints import all_finite, read_header
 from hdpo.commands.parsing import config_file
+from hdpo.commands.suggestions import CommandParser
 from hdpo.errors import ConfigError
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
 from hdpo.policy.lora import LoRAConfig, is_adapter
@@ -60,11 +60,11 @@ def main(args: Sequence[str]) -> int:
     """Run ``python -m hdpo export``; returns the exit status."""
     import yaml
 
-    parser = argparse.ArgumentParser(prog="python -m hdpo export", description=export_checkpoint.__doc__)
+    parser = CommandParser("export", description=export_checkpoint.__doc__)
     parser.add_argument("--config", action="append", required=True, help="the run's config.yaml; later ones override")
     parser.add_argument("--ckpt_path", required=True, help="checkpoint file, or folder of a sharded one")
     parser.add_argument("--out", required=True, help="folder to write")
-    options = parser.parse_args(args)
+    options = parser.options(args)
     settings: dict[str, Any] = {}
     for file in options.config:
         content = yaml.safe_load(Path(config_file(file)).read_text(encoding="utf-8")) or {}

@@ -12,17 +12,24 @@ from typing import Any, NoReturn
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from hdpo.commands.sections import SectionHelp
+from hdpo.commands.suggestions import SuggestingParser
 from hdpo.errors import ConfigError, first_line
 from hdpo.files import find_config
 
 __all__ = ["OneLineParser", "config_file", "find_cause", "with_config_files"]
 
 
-class OneLineParser(LightningArgumentParser):
-    """Tells what is wrong in one line, where the library prints hundreds of options first."""
+class OneLineParser(SuggestingParser, LightningArgumentParser):
+    """Tells what is wrong in one line, and what there is by sections, where the library prints hundreds of options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "add_help": False})
+        self.add_argument("-h", "--help", action=SectionHelp, metavar="SECTION", help="what the keys of a section mean")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with status 2, or raise for a caller that wants to know."""
+        message = self.suggesting(message)
         if not self.exit_on_error or os.environ.get("HDPO_TRACEBACK") == "1":
             super().error(message, ex)
         mistake = find_cause(ex, ConfigError)

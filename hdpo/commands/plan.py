@@ -21,7 +21,7 @@ from hdpo.commands.memory import (
     vllm_bytes,
 )
 from hdpo.commands.run import read_config
-from hdpo.errors import ConfigError, check_at_least, check_positive
+from hdpo.errors import ConfigError, check_at_least, check_positive, did_you_mean
 
 __all__ = ["main"]
 
@@ -128,6 +128,10 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--memory_gb", type=float, default=80.0, help="GiB of one GPU (default %(default)s)")
     parser.add_argument("--table", action="store_true", help="Qwen2.5 of 1.5B and 7B on 1 and 8 GPUs instead")
     options, rest = parser.parse_known_args(args)
+    for word in rest:  # what `fit` would know nothing of
+        own = ("--devices", "--memory_gb", "--table") if word.startswith("--") and "." not in word else ()
+        if meant := did_you_mean(word, own):
+            raise ConfigError(f"plan: there is no {word}{meant}")
     check_at_least(1, **{"--devices": options.devices})
     check_positive(**{"--memory_gb": options.memory_gb})
     config: dict[str, Any] = {_WAVE: 512, "model.optimizer": ""} | read_config(rest)

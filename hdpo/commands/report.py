@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile
 
-from hdpo.errors import ConfigError, first_line
+from hdpo.commands.suggestions import CommandParser
+from hdpo.errors import ConfigError
 from hdpo.evaluation.comparison import Question, build_report
 from hdpo.evaluation.runs import Run, find_runs, write_compact
 from hdpo.files import write_text
@@ -23,11 +24,10 @@ _MANY = 24
 """Runs above which they are not listed one by one."""
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m hdpo report",
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "report",
         description="Compare runs: tables with intervals over runs and tests, figures, and curves for TensorBoard.",
-        exit_on_error=False,
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, or of folders of runs")
@@ -199,10 +199,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ConfigError: there is no run, a run's files are broken, or the question names what is not there.
     """
-    try:
-        options = _parser().parse_args(list(args))
-    except ArgumentError as error:
-        raise ConfigError(f"report: {first_line(error)}; see report --help") from None
+    options = _parser().options(args)
     names = Question.__dataclass_fields__
     question = Question(**{name: value for name, value in vars(options).items() if name in names})
     out = Path(options.out) if options.out else Path(options.runs[0]) / "report"

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 from hdpo.callbacks.samples import visible
-from hdpo.errors import ConfigError, first_line
+from hdpo.commands.suggestions import CommandParser
+from hdpo.errors import ConfigError
 from hdpo.evaluation.records import evaluation_files, read_gzip, read_json_lines
 
 __all__ = ["main", "show"]
@@ -18,12 +17,11 @@ __all__ = ["main", "show"]
 Row = dict[str, Any]
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m hdpo show",
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "show",
         description="Problems with their completions and verdicts: from samples.jsonl (training, privileged ones too), "
         "or with --problem over all evaluations. Pipe it into a pager.",
-        exit_on_error=False,
     )
     add = parser.add_argument
     add("run", type=str, help="the run's folder")
@@ -142,10 +140,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ConfigError: a mistake of the user's.
     """
-    try:
-        options = _parser().parse_args(list(args))
-    except ArgumentError as error:
-        raise ConfigError(f"show: {first_line(error)}; see show --help") from None
+    options = _parser().options(args)
     given = {name: value for name, value in vars(options).items() if name != "run"}
     for line in show(Path(options.run), **given):
         print(line)

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
-from hdpo.errors import ConfigError, first_line
+from hdpo.commands.suggestions import CommandParser
+from hdpo.errors import ConfigError
 from hdpo.evaluation.provenance import code_version
 from hdpo.evaluation.runs import ARM_FILE, WEIGHT
 from hdpo.files import find_config, write_text
@@ -54,11 +54,10 @@ def _parse(args: Sequence[str]) -> Any:
     # Split by hand: the parser would take the first `--` for itself only where positional arguments are declared.
     args = list(args)
     split = args.index("--") if "--" in args else len(args)
-    parser = ArgumentParser(
-        prog="python -m hdpo sweep",
+    parser = CommandParser(
+        "sweep",
         description="Run `fit` in several variants and seeds; repeat the command to continue it.",
         epilog="Arguments after -- go to every fit, for example: -- --trainer.max_steps 50",
-        exit_on_error=False,
     )
     add = parser.add_argument
     add("--config", action="append", required=True, metavar="FILE", help="as for fit; may be repeated")
@@ -71,10 +70,7 @@ def _parse(args: Sequence[str]) -> Any:
     add("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     add("--out", default="runs/sweep", metavar="DIR", help="folder of the runs (default: %(default)s)")
     add("--other_code", action="store_true", help="keep and continue runs that another version of the code made")
-    try:
-        options = parser.parse_args(args[:split])
-    except ArgumentError as error:
-        raise ConfigError(f"sweep: {first_line(error)}; see sweep --help") from None
+    options = parser.options(args[:split])
     options.extra = args[split + 1 :]
     if options.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, got {options.jobs}")

@@ -43,6 +43,7 @@ def rows(tmp_path, name, *arguments):
         "gpu_step",
         "error_rates",
         "finite",
+        "first_step",
         "soak",
         "verdicts",
     ],
@@ -155,3 +156,10 @@ def test_soak(tmp_path):
     assert found["threads"]["largest"] >= found["threads"]["last"] >= 1
     assert 0 < found["unshared memory / MiB"]["last"] < found["resident memory / MiB"]["largest"]
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_step_on_a_file_is_taken_on_every_row_that_can_be_used(tmp_path):
+    (row,) = rows(tmp_path, "first_step", "--rows", 1000)
+    assert row["problems"] == 1000 - 10 - 1, "ten repeat another, one has no number"
+    assert 0 < row["prepared_s"] < row["first_step_s"]
+    assert row["cpu_s"] > 0
