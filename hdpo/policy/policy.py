@@ -236,7 +236,7 @@ class Policy(nn.Module):
         # Recomputed layers take no cache, compiled ones none that grows. A sharded policy would gather its weights for
         # the prompts once more, and all ranks would have to agree on the layout.
         sharded = any(hasattr(p, "device_mesh") for p in self.parameters())
-        if self.model.is_gradient_checkpointing or is_compiled(self.backbone) or sharded:
+        if self.model.is_gradient_checkpointing or is_compiled(self.model) or sharded:
             return False
         return set(attention_kinds(self.model)) <= MASKED_KINDS
 
