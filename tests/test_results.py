@@ -21,7 +21,7 @@ from hdpo.evaluation.comparison import Question, build_report
 from hdpo.evaluation.runs import find_runs
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = sorted(path.parent for path in ROOT.glob("benchmarks/results/*/question.yaml"))
+FOLDERS = sorted({path.parents[1] for path in ROOT.glob("benchmarks/results/*/confirmatory/*.gz")})
 NUMBER = r"[+-]?\d*\.\d+|[+-]?\d+"
 INTERVAL = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\](?:, p = ({NUMBER}))?")
 
