@@ -197,7 +197,7 @@ def test_a_step_allocates_what_the_formula_says(size, arguments, ranks):
     peaks, lasting = step(config, name)
     shape = Shape.of(policy_config(name), lora_config(config))
     planned = memory(shape, config, ranks if sharded else 1, 80 * GIB)
-    weight = shape.num_parameters * (2 if "bfloat16" in arguments else 4)
+    weight = shape.num_parameters * (2 if config["model.policy.dtype"] == "bfloat16" else 4)
     frozen, trained = (weight, 4 * shape.adapter) if shape.adapter else (0, weight)
     ours = trained / ranks if sharded else trained
     assert lasting == pytest.approx(frozen + 3 * ours, rel=EXACT)
