@@ -182,7 +182,7 @@ NORMS = (
                 ("7", (TOKENS, "2048")),
                 ("1.5", LORA),
                 ("7", LORA16),
-                # First: after another sharded policy in the process its peak is counted 8 GB lower, for a reason not found.
+                # First: after another sharded policy its peak is counted 8 GB lower, for a reason that was not found.
                 ("7", (*FSDP2, *ALWAYS)),
                 ("7", FSDP2),
                 ("7", (*FSDP2, TOKENS, "4096")),
