@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from hdpo.callbacks import DistillationRefresh, RolloutGeneration, Station
-from hdpo.commands.memory import GIB, Shape, policy_config
+from hdpo.commands.memory import GIB, Shape
 from hdpo.experience import Experience, Prompts
 from hdpo.files import resolve_path
 from hdpo.generation import TransformersEngine, VLLMEngine
@@ -25,6 +25,7 @@ from hdpo.losses.selection import select_rollouts
 from hdpo.module import HDPOModule
 from hdpo.optim import LinearWarmup
 from hdpo.policy import PolicyConfig
+from hdpo.policy.architecture import policy_config
 from hdpo.rewards import Grade, Outcome, Verifier
 
 STATIONS = ("rollouts", "scoring", "privileged", "teacher", "update")

@@ -25,12 +25,13 @@ from common import add_arguments, check_arguments, environment, report
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 
-from hdpo.commands.memory import GIB, Shape, policy_config
+from hdpo.commands.memory import GIB, Shape
 from hdpo.experience import Sequences
 from hdpo.functional import derive_seeds, logprobs
 from hdpo.generation import SamplingConfig, TransformersEngine
 from hdpo.generation import transformers as engine
 from hdpo.policy import Policy, TokenBatch
+from hdpo.policy.architecture import policy_config
 from tests.helpers import counting
 
 #: An H100's dense 16-bit peak and the bandwidth of its memory.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hdpo.policy import Policy
 
 __all__ = [
+    "SHARDED_ADAPTER",
     "all_max",
     "all_sum",
     "decoder_layers",
@@ -34,6 +35,9 @@ __all__ = [
     "shard_policy",
     "world_size",
 ]
+
+SHARDED_ADAPTER = "model.policy.lora cannot be sharded by FSDP2: take --config strategy/ddp, or set it to null"
+"""Said where a configuration asks for both."""
 
 
 def _active() -> bool:
@@ -111,7 +115,7 @@ def shard_policy(policy: Policy, mesh: DeviceMesh | None, gather_dtype: str | No
             raise ConfigError("model.policy.gather_dtype is for FSDP2: set it to null, or take --config strategy/fsdp2")
         return
     if policy.has_adapter:
-        raise ConfigError("model.policy.lora cannot be sharded by FSDP2: take --config strategy/ddp, or set it to null")
+        raise ConfigError(SHARDED_ADAPTER)
 
     precision = MixedPrecisionPolicy()
     if gather_dtype is not None:

@@ -9,15 +9,12 @@ A configuration is a complete one, as :func:`hdpo.commands.run.read_config` retu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hdpo.errors import ConfigError, first_line
-from hdpo.files import resolve_path
+from hdpo.errors import ConfigError
 from hdpo.functional.logprobs import CHUNK_ELEMENTS as _CHUNKS
 from hdpo.generation.transformers import _SAMPLE_ELEMENTS
-from hdpo.policy.architecture import check_architecture
 from hdpo.policy.lora import LoRAConfig, add_adapter
 
 if TYPE_CHECKING:
@@ -32,7 +29,6 @@ __all__ = [
     "is_sharded",
     "lora_config",
     "memory",
-    "policy_config",
     "vllm_bytes",
 ]
 
@@ -40,37 +36,6 @@ Config = Mapping[str, Any]
 GIB = 2**30
 OVERHEAD = 2 * GIB
 PHASES = ("rollouts", "privileged", "validation", "teacher", "update", "optimizer")
-
-
-#: Qwen2.5 by size, so that its plan needs no network.
-_QWEN25_KEYS = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-_QWEN25_KEYS += ["intermediate_size", "tie_word_embeddings"]
-_QWEN25 = {
-    "0.5": (151_936, 896, 24, 14, 2, 4864, True),
-    "1.5": (151_936, 1536, 28, 12, 2, 8960, True),
-    "7": (152_064, 3584, 28, 28, 4, 18_944, False),
-}
-
-
-def policy_config(path: str, revision: str | None = None) -> Any:
-    """The architecture of ``model.policy.path`` as transformers' configuration; no weights are read.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    from transformers import AutoConfig
-
-    if qwen := re.fullmatch(r"Qwen/Qwen2\.5-(?:Math-|Coder-)?(0\.5|1\.5|7)B(?:-Instruct)?", path):
-        return AutoConfig.for_model("qwen2", **dict(zip(_QWEN25_KEYS, _QWEN25[qwen[1]], strict=True)))
-    try:
-        config = AutoConfig.from_pretrained(resolve_path(path), revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.policy.path: cannot read the configuration of {path!r} ({first_line(error)}). Give a hub id that "
-            "this machine can reach, or a local folder with config.json"
-        ) from error
-    check_architecture(config)
-    return config
 
 
 def lora_config(config: Config) -> LoRAConfig | None:

@@ -17,11 +17,12 @@ from hdpo.commands.memory import (
     is_sharded,
     lora_config,
     memory,
-    policy_config,
     vllm_bytes,
 )
 from hdpo.commands.run import read_config
+from hdpo.distributed import SHARDED_ADAPTER
 from hdpo.errors import ConfigError, check_at_least, check_positive, did_you_mean
+from hdpo.policy.architecture import policy_config
 
 __all__ = ["main"]
 
@@ -89,7 +90,7 @@ def _rows(path: str, config: Config, devices: int, gpu_bytes: int) -> Iterator[l
     """One row of the table for each engine and strategy, the configured engine first."""
     lora = lora_config(config)
     if lora and is_sharded(config):
-        raise ConfigError("model.policy.lora cannot be sharded by FSDP2: take --config strategy/ddp, or set it to null")
+        raise ConfigError(SHARDED_ADAPTER)
     shape = Shape.of(policy_config(path, config.get("model.policy.revision")), lora)
     engine = "vLLM" if "VLLM" in config["model.engine"] else "transformers"
     strategies = (("DDP",) if lora else ("DDP", "FSDP2")) if devices > 1 else ("none",)

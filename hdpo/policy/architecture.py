@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,13 +10,23 @@ import torch
 from torch import nn
 
 from hdpo.distributed import decoder_layers
-from hdpo.errors import ConfigError
+from hdpo.errors import ConfigError, first_line
+from hdpo.files import resolve_path
 
-__all__ = ["check_architecture", "compile_layers", "is_compiled", "layers_uncompiled"]
+__all__ = ["check_architecture", "compile_layers", "is_compiled", "layers_uncompiled", "policy_config"]
 
 _LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 #: As Qwen, Mixtral and gpt-oss, DeepSeek, DBRX and Ernie call the number of a layer's experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+#: Qwen2.5 by size, so that its plan needs no network.
+_QWEN25_KEYS = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+_QWEN25_KEYS += ["intermediate_size", "tie_word_embeddings"]
+_QWEN25 = {
+    "0.5": (151_936, 896, 24, 14, 2, 4864, True),
+    "1.5": (151_936, 1536, 28, 12, 2, 8960, True),
+    "7": (152_064, 3584, 28, 28, 4, 18_944, False),
+}
 
 
 def check_architecture(config: Any) -> None:
@@ -43,6 +54,27 @@ def check_architecture(config: Any) -> None:
                 "cannot be trained here: engine and policy would route the same token to different experts, and vLLM "
                 "names their weights otherwise; choose a dense policy"
             )
+
+
+def policy_config(path: str, revision: str | None = None) -> Any:
+    """The architecture of ``model.policy.path`` as transformers' configuration; no weights are read.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    if qwen := re.fullmatch(r"Qwen/Qwen2\.5-(?:Math-|Coder-)?(0\.5|1\.5|7)B(?:-Instruct)?", path):
+        return AutoConfig.for_model("qwen2", **dict(zip(_QWEN25_KEYS, _QWEN25[qwen[1]], strict=True)))
+    try:
+        config = AutoConfig.from_pretrained(resolve_path(path), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.policy.path: cannot read the configuration of {path!r} ({first_line(error)}). Give a hub id that "
+            "this machine can reach, or a local folder with config.json"
+        ) from error
+    check_architecture(config)
+    return config
 
 
 def compile_layers(backbone: nn.Module) -> None:

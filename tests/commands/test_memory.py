@@ -27,7 +27,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from hdpo.commands.memory import GIB, Shape, is_sharded, lora_config, memory, policy_config
+from hdpo.commands.memory import GIB, Shape, is_sharded, lora_config, memory
 from hdpo.commands.run import read_config
 from hdpo.distributed import shard_policy
 from hdpo.errors import ConfigError
@@ -38,6 +38,7 @@ from hdpo.generation.transformers import _SAMPLE_ELEMENTS
 from hdpo.losses import JSD, ClippedPolicyLoss, UpdateConfig
 from hdpo.losses.update import update_policy
 from hdpo.policy import Policy
+from hdpo.policy.architecture import policy_config
 from hdpo.policy.lora import add_adapter
 from hdpo.teacher import teacher_topk
 from tests.helpers.counting import counted

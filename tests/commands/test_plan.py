@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from hdpo.cli import main
-from hdpo.commands.memory import GIB, PHASES, Shape, memory, policy_config
+from hdpo.commands.memory import GIB, PHASES, Shape, memory
 from hdpo.commands.run import read_config
 from hdpo.policy import LoRAConfig
+from hdpo.policy.architecture import policy_config
 
 HDPO = ("--config", "hdpo")
 SGD = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1")

@@ -96,7 +96,7 @@ def test_expandable_segments_are_refused_where_vllm_does_not_see_them(installed,
 def test_expandable_segments_are_left_to_vllm_where_it_sees_them(installed, monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True")
-    VLLMEngine()
+    assert VLLMEngine().free_memory_during_update, "accepted, with the sleep mode on"
 
 
 def test_another_process_is_refused(installed, monkeypatch):

@@ -18,11 +18,11 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from hdpo.commands.memory import policy_config
 from hdpo.errors import ConfigError
 from hdpo.experience import Sequences
 from hdpo.files import resolve_path
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
+from hdpo.policy.architecture import policy_config
 from hdpo.policy.packing import TokenBatch
 from tests.helpers.models import SIZES, random_ids, random_model, random_policy
 from tests.helpers.reference import Reference
