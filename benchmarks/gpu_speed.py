@@ -97,23 +97,28 @@ def update(size: str) -> dict[str, Any]:
             if recompute:
                 subject.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             shape, batch = Shape.of(subject.model.config), _micro_batch(subject, tokens)
-            subject.zero_grad()
-            if ON_GPU:
-                torch.cuda.reset_peak_memory_stats()
-            took = seconds(lambda subject=subject, batch=batch: _pass(subject, batch))
-            flops, peak_flops = update_flops(shape, tokens, len(batch.targets)), _peak_flops()
             config = {
                 "model.policy.dtype": "float32", "trainer.precision": "bf16-mixed",
                 "model.policy.gradient_checkpointing": recompute,
             }  # fmt: skip
-            row: dict[str, Any] = {"tokens_per_s": tokens / took}
-            row["mfu"] = flops / took / peak_flops if peak_flops else None
-            row["roofline_mfu"] = ROOFLINE.get((recompute, tokens))
+            row: dict[str, Any] = {"roofline_mfu": ROOFLINE.get((recompute, tokens))}
             row["planned_GiB"] = (8 * shape.num_parameters + _update(shape, config, tokens)) / GIB
-            row["peak_GiB"] = torch.cuda.max_memory_allocated() / GIB if ON_GPU else None
-            if ON_GPU and full:
-                ok &= abs(row["peak_GiB"] / row["planned_GiB"] - 1) < 0.1
-                ok &= row["roofline_mfu"] is None or row["mfu"] is None or row["mfu"] > 0.75 * row["roofline_mfu"]
+            subject.zero_grad()
+            if ON_GPU:
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                took = seconds(lambda subject=subject, batch=batch: _pass(subject, batch))
+            except torch.OutOfMemoryError:
+                row["fits"] = False
+                ok &= row["planned_GiB"] > torch.cuda.get_device_properties(0).total_memory / GIB / 1.1
+            else:
+                row["tokens_per_s"] = tokens / took
+                flops, peak_flops = update_flops(shape, tokens, len(batch.targets)), _peak_flops()
+                row["mfu"] = flops / took / peak_flops if peak_flops else None
+                row["peak_GiB"] = torch.cuda.max_memory_allocated() / GIB if ON_GPU else None
+                if ON_GPU and full:
+                    ok &= abs(row["peak_GiB"] / row["planned_GiB"] - 1) < 0.1
+                    ok &= row["mfu"] is None or row["mfu"] > 0.75 * row["roofline_mfu"]
             found[f"{'recomputed' if recompute else 'kept'}, {tokens} tokens"] = row
             del subject, batch
     return {"ok": ok if ON_GPU and full else None, **found}
