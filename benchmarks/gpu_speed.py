@@ -82,6 +82,13 @@ def _micro_batch(subject: Policy, tokens: int) -> TokenBatch:
     return TokenBatch.from_sequences(items, DEVICE)
 
 
+def _updated(size: str, recompute: bool) -> Policy:
+    subject = policy(size, LARGE).train()
+    if recompute:
+        subject.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return subject
+
+
 def _pass(subject: Policy, batch: TokenBatch) -> None:
     with autocast():
         subject(batch).mean().backward()
@@ -93,9 +100,7 @@ def update(size: str) -> dict[str, Any]:
     for recompute in (True, False):
         for tokens in (16_384, 8_192) if full else (128, 64):
             torch.cuda.empty_cache()
-            subject = policy(size, LARGE).train()
-            if recompute:
-                subject.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            subject = _updated(size, recompute)
             shape, batch = Shape.of(subject.model.config), _micro_batch(subject, tokens)
             config = {
                 "model.policy.dtype": "float32", "trainer.precision": "bf16-mixed",
@@ -149,14 +154,21 @@ def weights(size: str) -> dict[str, Any]:
 
 
 def compiled(size: str) -> dict[str, Any]:
-    """A forward and backward pass with ``model.policy.compile``."""
+    """Forward and backward passes with ``model.policy.compile`` against those without."""
     if not ON_GPU:
         return {"ok": None, "skipped": "no GPU"}
-    subject = policy(size, LARGE).train()
-    batch = _micro_batch(subject, 8_192)
-    eager = seconds(lambda: _pass(subject, batch))
-    compile_layers(subject.backbone)
-    return {"eager_s": eager, "compiled_s": seconds(lambda: _pass(subject, batch))}
+    found = {}
+    for recompute, tokens in ((False, 8_192), (True, 16_384)):
+        subject = _updated(size, recompute)
+        batch, peak = _micro_batch(subject, tokens), _peak_flops()
+        flops = update_flops(Shape.of(subject.model.config), tokens, len(batch.targets))
+        eager = seconds(lambda subject=subject, batch=batch: _pass(subject, batch))
+        compile_layers(subject.backbone)
+        took = seconds(lambda subject=subject, batch=batch: _pass(subject, batch))
+        row = {"eager_s": eager, "compiled_s": took, "mfu": peak and flops / took / peak}
+        found[f"{'recomputed' if recompute else 'kept'}, {tokens} tokens"] = row
+        del subject, batch
+    return found
 
 
 def step(size: str) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def update(shape: str, recompute: bool, tokens: int, chunk: int, option: str) ->
         batch, size = TokenBatch.from_sequences(items, policy.device), Shape.of(policy_config(f"Qwen/{shape}"))
         counts.start_peak()
         start = mark(counts)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
             policy(batch).sum().backward()
         micro, peak, start = since(counts, start), counts.peak, mark(counts)
         optimizer.step()
@@ -133,7 +133,7 @@ def decoding(shape: str, rows: int, columns: int) -> dict[str, Any]:
         policy = built(shape, False)
         for limit in (4, 12):
             start = mark(counts)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
                 TransformersEngine().generate(policy, prompts, seeds, SamplingConfig(limit, 1.0, (policy.vocab_size,)))
             found.append(since(counts, start))
     token = {name: (found[1][name] - found[0][name]) / 8 for name in found[0]}

@@ -1,16 +1,19 @@
-"""How the policy attends where a plain causal mask does not say it: decoding, and prompts that are read once.
+"""How the policy attends where a plain causal mask does not say it.
 
-Both put the keys of earlier tokens into a cache and need to say which of its columns a query sees.
+Decoding, and prompts that are read once, put the keys of earlier tokens into a cache and need to say which of its
+columns a query sees. Sequences that lie one after another in a row must not see each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
@@ -29,6 +32,7 @@ __all__ = [
     "attention_masks",
     "causal_attention",
     "grouped_attention",
+    "packs_in_kernel",
 ]
 
 #: The kinds of layers that :func:`attention_masks` can say everything about.
@@ -130,11 +134,40 @@ def _grouped_sdpa(
     return out.reshape(rows, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
+#: torch 2.12 wants to be told that query heads share keys, 2.11 cannot be.
+_SHARES_KEYS: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+
+
+def _sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA; where bounds of packed sequences are given, causal attention within each, by torch's kernel for that.
+
+    Under autocast rotated queries and keys have the weights' dtype; SDPA would cast them, this kernel does not.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    queries, keys, values = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    given: Any = queries, keys, values, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+    out: Any = varlen_attn(*given, scale=scaling, window_size=(-1, 0), **_SHARES_KEYS)
+    return out[None], None
+
+
 _GROUPED, _CAUSAL = "hdpo_grouped_sdpa", "hdpo_causal_sdpa"
 AttentionInterface.register(_GROUPED, _grouped_sdpa)
 AttentionMaskInterface.register(_GROUPED, sdpa_mask)
 # For a name without a function for masks transformers makes none; SDPA is then causal by itself.
-AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+AttentionInterface.register(_CAUSAL, _sdpa)
+# Layers that are recomputed attend outside of the context that made the forward pass.
+AttentionInterface.register("sdpa", _sdpa)
 
 
 @contextmanager
@@ -150,10 +183,20 @@ def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def causal_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Spare an SDPA model without windows the search for packed sequences, for whose result the host would wait."""
-    sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
-    with _attending(model, _CAUSAL) if sdpa and set(attention_kinds(model)) == {"full_attention"} else nullcontext():
+    """Spare an SDPA model without windows its mask, and a search for packed sequences, for which the host would wait."""
+    with _attending(model, _CAUSAL) if _is_plain(model) else nullcontext():
         yield
+
+
+def packs_in_kernel(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether sequences that lie in one row can be told apart by torch itself: on a GPU, in 16 bits."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _is_plain(model)
+
+
+def _is_plain(model: PreTrainedModel) -> bool:
+    """SDPA without windows."""
+    sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
+    return sdpa and set(attention_kinds(model)) == {"full_attention"}
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 The result never depends on it; the cost does. Three layouts:
 
 * ``padded``: one row per sequence, padded on the right, from length-sorted sequences.
-* ``packed``: all sequences in one row, without padding; position ids say where each starts. For attention
-  implementations that read sequence boundaries from them (flash attention).
+* ``packed``: all sequences in one row, without padding. For attention that knows where each begins and ends (on a GPU).
 * ``shared``: prompts that several sequences begin with are read once, and only completions have rows. The K rollouts of
   a group share their prompt, so this saves up to (K - 1) / K of all prompt tokens.
 """
@@ -65,6 +64,8 @@ class TokenBatch:
         targets: ``[M]`` the completion tokens, sequence after sequence.
         lengths: number of completion tokens of each of the n sequences (they sum to M).
         position_ids: ``packed``: ``[1, L]``, counting from 0 in each sequence; else None.
+        bounds: ``packed``: ``[n + 1]`` int32, where each sequence begins, and L; else None.
+        longest: tokens of the longest sequence.
         prefixes: ``shared``: the prompts; else None.
     """
 
@@ -73,6 +74,8 @@ class TokenBatch:
     targets: Tensor
     lengths: list[int]
     position_ids: Tensor | None = None
+    bounds: Tensor | None = None
+    longest: int = 0
     prefixes: Prefixes | None = None
 
     @classmethod
@@ -85,6 +88,7 @@ class TokenBatch:
         """Lay out ragged sequences; every context and every completion must hold at least one token."""
         prompts, completions = sequences
         position_ids: Tensor | None = None
+        bounds: Tensor | None = None
         prefixes: Prefixes | None = None
         match layout:
             case "padded":
@@ -96,6 +100,7 @@ class TokenBatch:
                 rows = [[t for p, c in zip(prompts, completions, strict=True) for t in (*p, *c)]]
                 ends = [0, *accumulate(sequences.lengths())]
                 places = _places([e + len(p) - 1 for e, p in zip(ends, prompts, strict=False)], completions)
+                bounds = on_device(ends, device, torch.int32)
                 position_ids = on_device([[i for n in sequences.lengths() for i in range(n)]], device)
             case _:
                 unique = list(dict.fromkeys(map(tuple, prompts)))
@@ -119,6 +124,8 @@ class TokenBatch:
             on_device([t for c in completions for t in c], device, torch.int64),
             [len(c) for c in completions],
             position_ids,
+            bounds,
+            max(sequences.lengths()),
             prefixes,
         )
 

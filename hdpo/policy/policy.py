@@ -7,7 +7,6 @@ sequences into per-token numbers: log-probabilities of what was sampled, or of a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from hdpo.policy.attention import (
     attention_masks,
     causal_attention,
     grouped_attention,
+    packs_in_kernel,
 )
 from hdpo.policy.lora import (
     LoRAConfig,
@@ -38,7 +38,7 @@ from hdpo.policy.lora import (
     merged_weights,
     save_adapter,
 )
-from hdpo.policy.packing import Packing, TokenBatch, pack
+from hdpo.policy.packing import Layout, Packing, TokenBatch, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -228,11 +228,16 @@ class Policy(nn.Module):
 
     def pack(self, sequences: Sequences, token_budget: int) -> Packing:
         """Group sequences into micro-batches in the layout that costs this policy the fewest tokens."""
-        if self.model.config.get_text_config()._attn_implementation.startswith("flash"):
-            return pack(sequences, token_budget, ("packed",))
-        return pack(sequences, token_budget, ("padded", "shared") if self._shares_prefixes() else ("padded",))
+        plain: Layout = "packed" if self._packs() else "padded"
+        return pack(sequences, token_budget, (plain, "shared") if self._shares_prefixes() else (plain,))
+
+    def _packs(self) -> bool:
+        in_kernel = packs_in_kernel(self.model, self.device, self.compute_dtype)
+        return in_kernel or self.model.config.get_text_config()._attn_implementation.startswith("flash")
 
     def _shares_prefixes(self) -> bool:
+        if self.model.config.get_text_config()._attn_implementation.startswith("flash"):
+            return False
         # Recomputed layers take no cache, compiled ones none that grows. A sharded policy would gather its weights for
         # the prompts once more, and all ranks would have to agree on the layout.
         sharded = any(hasattr(p, "device_mesh") for p in self.parameters())
@@ -244,9 +249,17 @@ class Policy(nn.Module):
         """Hidden states ``[M, H]`` that predict the completion tokens; all others never meet the output layer."""
         if batch.prefixes is not None:
             return self._hidden_after_prefixes(batch)
-        positions = batch.position_ids
-        with causal_attention(self.model) if positions is None else nullcontext():
-            hidden = self.backbone(input_ids=batch.input_ids, position_ids=positions, use_cache=False).last_hidden_state
+        read, bounds = partial(self.backbone, input_ids=batch.input_ids, use_cache=False), batch.bounds
+        if bounds is None:
+            with causal_attention(self.model):
+                hidden = read().last_hidden_state
+        elif self._packs():
+            ends: dict[str, Any] = {f"cu_seq_lens_{x}": bounds for x in "qk"}
+            ends |= {f"max_length_{x}": batch.longest for x in "qk"}
+            with causal_attention(self.model):
+                hidden = read(position_ids=batch.position_ids, **ends).last_hidden_state
+        else:  # the model looks for the bounds itself
+            hidden = read(position_ids=batch.position_ids).last_hidden_state
         return cast(Tensor, hidden).flatten(0, 1).index_select(0, batch.positions)
 
     def _hidden_after_prefixes(self, batch: TokenBatch) -> Tensor:

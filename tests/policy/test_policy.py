@@ -1,5 +1,8 @@
 """The policy's per-token numbers against a plain forward pass, and their invariances."""
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import (
@@ -22,8 +25,11 @@ from hdpo.errors import ConfigError
 from hdpo.experience import Sequences
 from hdpo.files import resolve_path
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
+from hdpo.policy import attention as attention_module
+from hdpo.policy import packing as packing_module
+from hdpo.policy import policy as policy_module
 from hdpo.policy.architecture import policy_config
-from hdpo.policy.packing import TokenBatch
+from hdpo.policy.packing import Packing, TokenBatch
 from tests.helpers.models import SIZES, random_ids, random_model, random_policy
 from tests.helpers.reference import Reference
 from tests.helpers.tolerances import EXACT, norms_in_float32
@@ -99,6 +105,68 @@ def test_layouts_do_not_matter(name, build, layout):
     tolerance = EXACT if name == "gpt2" else NORMS
     torch.testing.assert_close(mine, expected, rtol=0, atol=tolerance)
     assert (other - gradient).norm() < tolerance * gradient.norm()
+
+
+def within_each(query, key, value, begins, keys_begin, longest, longest_key, *, scale, window_size, enable_gqa=True):
+    """What torch.nn.attention.varlen computes, written out."""
+    assert enable_gqa
+    assert window_size == (-1, 0)
+    assert torch.equal(begins, keys_begin)
+    assert longest == longest_key == int(begins.diff().max())
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out = torch.empty_like(query)
+    for start, end in pairwise(begins.tolist()):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, -math.inf)
+        out[start:end] = (scores.softmax(-1) @ v).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_packed_row_in_the_kernel_is_as_good_as_padded_rows(recomputed, monkeypatch):
+    torch.manual_seed(0)
+    policy = Policy(Qwen2ForCausalLM(Qwen2Config(**SIZES)).double()).train()
+    if recomputed:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    items = Sequences([[5, 6, 7, 8], [12, 13], [9], [5, 6, 7]], [[20, 21, 22], [23], [24, 25, 26, 27, 28], [29, 30]])
+
+    def numbers():
+        policy.zero_grad()
+        packing = policy.pack(items, 12)
+        batches = [TokenBatch.from_sequences(items.select(g), policy.device, packing.layout) for g in packing.groups]
+        logps = [policy(batch) for batch in batches]
+        (torch.cat(logps) * torch.arange(11).sin()).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+        return packing, torch.cat(logps).detach(), gradient
+
+    monkeypatch.setattr(Policy, "_shares_prefixes", lambda policy: False)
+    monkeypatch.setattr(packing_module, "_by_length", lambda lengths: list(range(len(lengths))))  # one order for both
+    packing, expected, gradient = numbers()
+    assert packing.layout == "padded"
+    for module in (attention_module, policy_module):
+        monkeypatch.setattr(module, "packs_in_kernel", lambda *_: True)
+    monkeypatch.setattr(attention_module, "varlen_attn", within_each)
+    packing, mine, other = numbers()
+    assert packing == Packing([[0, 1], [2, 3]], "packed", 21), "no padding counts"
+    torch.testing.assert_close(mine, expected, rtol=0, atol=NORMS)
+    assert (other - gradient).norm() < NORMS * gradient.norm()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "options", "expected"),
+    [
+        ("cuda", torch.bfloat16, {}, True),
+        ("cuda", torch.float16, {}, True),
+        ("cuda", torch.float32, {}, False),
+        ("cpu", torch.bfloat16, {}, False),
+        ("cuda", torch.bfloat16, {"attn_implementation": "eager"}, False),
+        ("cuda", torch.bfloat16, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, False),
+    ],
+)
+def test_where_a_kernel_tells_packed_sequences_apart(device, dtype, options, expected):
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **options))
+    assert attention_module.packs_in_kernel(model, torch.device(device), dtype) is expected
 
 
 def test_what_layouts_a_policy_takes(policy, monkeypatch):
