@@ -183,7 +183,7 @@ def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def causal_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Spare an SDPA model without windows its mask, and a search for packed sequences, for which the host would wait."""
+    """Spare an SDPA model without windows its mask, and the search for packed sequences, for which the host waits."""
     with _attending(model, _CAUSAL) if _is_plain(model) else nullcontext():
         yield
 

@@ -232,11 +232,15 @@ class Policy(nn.Module):
         return pack(sequences, token_budget, (plain, "shared") if self._shares_prefixes() else (plain,))
 
     def _packs(self) -> bool:
-        in_kernel = packs_in_kernel(self.model, self.device, self.compute_dtype)
-        return in_kernel or self.model.config.get_text_config()._attn_implementation.startswith("flash")
+        # Compiled layers were measured on padded rows alone.
+        in_kernel = packs_in_kernel(self.model, self.device, self.compute_dtype) and not is_compiled(self.model)
+        return in_kernel or self._is_flash()
+
+    def _is_flash(self) -> bool:
+        return cast(bool, self.model.config.get_text_config()._attn_implementation.startswith("flash"))
 
     def _shares_prefixes(self) -> bool:
-        if self.model.config.get_text_config()._attn_implementation.startswith("flash"):
+        if self._is_flash():
             return False
         # Recomputed layers take no cache, compiled ones none that grows. A sharded policy would gather its weights for
         # the prompts once more, and all ranks would have to agree on the layout.
