@@ -1,6 +1,10 @@
 """The pages under docs/ speak of keys, metrics and commands that exist."""
 
+import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +78,20 @@ def test_every_metric_is_logged_somewhere():
 def test_the_named_overlays_ship():
     for name in re.findall(r"--config ([\w/]+)`", TRL):
         assert (ROOT / "configs" / f"{name}.yaml").is_file(), name
+
+
+def test_the_table_of_scale_is_the_scripts():
+    script = [sys.executable, str(ROOT / "benchmarks" / "scale.py")]
+    done = subprocess.run(
+        script, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert f"\n{done.stdout}\n" in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    # 7B, written out: 3,072 reads of 15.2 GB, and 64 completions' keys and values of 28 layers of 512.
+    reads = 3072 * 2 * 7_615_616_512
+    mean, share = 1000.0, math.exp(-3.072)
+    tokens = sum(math.exp(-t / mean) * (200 + t) for t in range(3072))  # each token reads what is before it
+    cache = 64 * tokens * 2 * 2 * 28 * 512
+    row = next(line.split("|") for line in done.stdout.splitlines() if "7B | 8 " in line)
+    assert float(row[4]) == pytest.approx((reads + cache) / 3.35e12, abs=0.06)
+    trained = 3.2 * 16 * (200 + mean * (1 - share)) + 3.2 * (200 + mean * (1 - math.exp(-2.048)))
+    assert float(row[7]) == pytest.approx(6 * 7_615_616_512 * trained / (0.28 * 989e12), abs=0.06)

@@ -168,10 +168,14 @@ def _bytes(config: Config) -> tuple[int, int, int]:
 
 
 def vllm_bytes(shape: Shape, config: Config) -> int:
-    """What vLLM needs at least: its weights, the output layer apart from the embedding, and a completion's cache."""
+    """What vLLM needs at least: its weights, the output layer apart from the embedding, and a completion's cache.
+
+    GPUs that share an engine have a part each.
+    """
     longest = max(s.prompt + s.completion for s in _Work.of(config, 1).sampling.values())
     cache = 2 * shape.num_layers * shape.key * longest
-    return _bytes(config)[1] * (shape.num_parameters + (shape.head if shape.tied else 0) + cache)
+    whole = _bytes(config)[1] * (shape.num_parameters + (shape.head if shape.tied else 0) + cache)
+    return -(-whole // config.get("model.engine.tensor_parallel_size", 1))
 
 
 def is_sharded(config: Config) -> bool:

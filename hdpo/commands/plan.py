@@ -35,7 +35,7 @@ _SIZES = (
 
 _TOKENS, _RECOMPUTE = "model.update.micro_batch_tokens", "model.policy.gradient_checkpointing"
 _WAVE, _SHARE = "model.engine.max_sequences", "model.engine.gpu_memory_utilization"
-_SHARDS = "trainer.strategy.data_parallel_size"
+_SHARDS, _SYNC = "trainer.strategy.data_parallel_size", "model.update.sync_every_micro_batch"
 _SMALLEST = {_TOKENS: 2048, _WAVE: 16}
 
 #: How to change to a strategy or an engine on the command line, and what that changes.
@@ -64,8 +64,8 @@ _CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 def _fitted(shape: Shape, config: Config, devices: int, gpu_bytes: int) -> dict[str, Any] | None:
     """The smallest change with which the run fits this strategy and engine; None if it does not fit at all.
 
-    Micro-batches and the transformers engine's waves are halved, activations recomputed, vLLM's share made large
-    enough for its weights: memory and speed change, results do not.
+    Micro-batches and the transformers engine's waves are halved, activations recomputed, sharded gradients summed in
+    every micro-batch, vLLM's share made large enough for its weights: memory and speed change, results do not.
     """
     now, vllm = dict(config), "VLLM" in config["model.engine"]
     if vllm:
@@ -82,6 +82,8 @@ def _fitted(shape: Shape, config: Config, devices: int, gpu_bytes: int) -> dict[
             now[key] //= 2
         elif phase == "update" and not now[_RECOMPUTE]:
             now |= {_RECOMPUTE: True, _TOKENS: config[_TOKENS]}
+        elif phase == "update" and is_sharded(config) and not now[_SYNC]:  # whole gradients do not fit
+            now |= {_SYNC: True, _TOKENS: config[_TOKENS]}
         else:
             return None
 

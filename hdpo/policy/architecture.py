@@ -26,6 +26,7 @@ _QWEN25 = {
     "0.5": (151_936, 896, 24, 14, 2, 4864, True),
     "1.5": (151_936, 1536, 28, 12, 2, 8960, True),
     "7": (152_064, 3584, 28, 28, 4, 18_944, False),
+    "32": (152_064, 5120, 64, 40, 8, 27_648, False),
 }
 
 
@@ -64,7 +65,7 @@ def policy_config(path: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    if qwen := re.fullmatch(r"Qwen/Qwen2\.5-(?:Math-|Coder-)?(0\.5|1\.5|7)B(?:-Instruct)?", path):
+    if qwen := re.fullmatch(r"Qwen/Qwen2\.5-(?:Math-|Coder-)?(0\.5|1\.5|7|32)B(?:-Instruct)?", path):
         return AutoConfig.for_model("qwen2", **dict(zip(_QWEN25_KEYS, _QWEN25[qwen[1]], strict=True)))
     try:
         config = AutoConfig.from_pretrained(resolve_path(path), revision=revision)

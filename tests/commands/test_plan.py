@@ -240,6 +240,21 @@ def test_vllm_gets_as_much_as_its_weights_need(capsys):
     assert row["set"] == "--model.engine.gpu_memory_utilization 0.1"  # 3.4 GiB
 
 
+def test_gradients_that_do_not_fit_whole_are_summed_in_every_micro_batch(capsys):
+    # 32.8 billion parameters: 122 GiB of gradients in float32 on each GPU, or a 64th of them.
+    large = ("--model.policy.path", "Qwen/Qwen2.5-32B", "--devices", "64")
+    engine = ("--model.engine.tensor_parallel_size", "4")
+    row = rows(capsys, *HDPO, *FSDP2, *VLLM, *large, *engine)["FSDP2", "vLLM"]
+    assert row["set"].endswith("--model.update.sync_every_micro_batch true")
+    again = rows(capsys, *HDPO, *FSDP2, *VLLM, *large, *engine, *row["set"].split())["FSDP2", "vLLM"]
+    assert again == row | {"set": "as configured"}
+    # A quarter of the weights, in 16 bits, lies on each of the GPUs that share an engine.
+    alone = rows(capsys, *HDPO, *FSDP2, *VLLM, *large)["FSDP2", "vLLM"]
+    share = "--model.engine.gpu_memory_utilization 0.8"  # 62.6 GiB of 80
+    assert share in alone["set"]
+    assert share not in row["set"]
+
+
 @pytest.mark.parametrize("configured", [(), (*FSDP2, *VLLM)], ids=["hdpo", "FSDP2 and vLLM"])
 def test_what_is_recommended_is_accepted_and_fits(capsys, configured):
     for names, row in rows(capsys, *HDPO, *configured, "--devices", "4", "--memory_gb", "50").items():
