@@ -5,6 +5,7 @@ All functions work without a process group too (they are then the identity), so 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +29,7 @@ __all__ = [
     "full_state_dict",
     "gather_objects",
     "gathered_parameters",
+    "in_turns",
     "merged_means",
     "no_gradient_sync",
     "rank",
@@ -79,6 +81,23 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def in_turns() -> Iterator[None]:
+    """Let the processes of one machine run the block one after another; all processes must come here.
+
+    What takes much of the machine's memory for a while, and little after it, is then taken once, not once per process.
+    """
+    machines = gather_objects(platform.node())
+    turn, num_turns = machines[: rank()].count(platform.node()), max(map(machines.count, machines))
+    for _ in range(turn):
+        dist.barrier()
+    try:
+        yield
+    finally:
+        for _ in range(num_turns - turn if _active() else 0):
+            dist.barrier()
 
 
 def merged_means(measurements: Measurements) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +19,7 @@ from hdpo.callbacks.distillation import DistillationRefresh
 from hdpo.callbacks.rollouts import RolloutGeneration
 from hdpo.callbacks.skipped import SkippedSteps
 from hdpo.checkpoints import check_state
-from hdpo.distributed import merged_means, shard_policy
+from hdpo.distributed import in_turns, merged_means, shard_policy
 from hdpo.errors import ConfigError, check_at_least, first_line, instance_of
 from hdpo.evaluation.curves import log_evaluation
 from hdpo.evaluation.scores import Scores, group_ks
@@ -174,6 +175,11 @@ class HDPOModule(LightningModule):
             self.initial.prepare(self.policy, self._load_policy)
 
     def _load_policy(self) -> Policy:
+        # Sharded, a policy may be one of which a machine does not hold a whole copy for each of its processes.
+        with nullcontext() if self.device_mesh is None else in_turns():
+            return self._load_whole_policy()
+
+    def _load_whole_policy(self) -> Policy:
         policy = Policy.load(self.policy_config).train()
         if len(self.tokenizer) > policy.vocab_size:
             raise ConfigError(

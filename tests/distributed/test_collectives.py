@@ -1,5 +1,6 @@
 """What knows of several processes, between two of them: one pair of processes serves all tests of this file."""
 
+import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from hdpo.trainer import UnboundDDPStrategy, UnboundModelParallelStrategy, _Unbo
 from tests.helpers.models import random_ids, random_policy
 from tests.helpers.processes import run_on
 from tests.helpers.tolerances import F32
+from tests.helpers.toy import module
 from tests.losses import test_update as update
 
 CPU = torch.device("cpu")
@@ -39,7 +41,7 @@ def ranks(tmp_path_factory):
 def everything(rank):
     found = {}
     for scenario in (
-        values, objects, cliffs, former_cliffs, buffers, refresh, records, several_updates, sharded, options
+        values, objects, turns, cliffs, former_cliffs, buffers, refresh, records, several_updates, sharded, options
     ):  # fmt: skip
         found[scenario.__name__] = scenario(rank)
         dist.barrier()
@@ -62,6 +64,39 @@ def test_sums_and_maxima_are_exact_and_the_same_everywhere(ranks):
     for found in ranks:
         assert found["values"]["sum"] == [2.0**30 + 1, 0.1 + 0.2, 6.0]  # float32 would lose the one
         assert found["values"]["max"] == [1.0, 0.0, 0.5]
+
+
+def turns(number):
+    """When this process was in its turn, with loading that fails on the first one, and as a module loads a policy."""
+    found = []
+    with pytest.raises(ConfigError) if number == 0 else nullcontext(), distributed.in_turns():
+        found.append(time.monotonic())
+        time.sleep(0.1)
+        found.append(time.monotonic())
+        if number == 0:
+            raise ConfigError("no such file")
+    for mesh in (None, init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))):
+        subject = module()
+        subject._device_mesh = mesh
+
+        def load(subject=subject, load=subject._load_whole_policy):
+            found.append(time.monotonic())
+            if subject.device_mesh is None:
+                dist.barrier()  # inside at the same time
+            policy = load()
+            found.append(time.monotonic())
+            return policy
+
+        subject._load_whole_policy = load
+        subject._load_policy()
+    return found
+
+
+def test_processes_of_a_machine_load_what_is_sharded_one_after_another(ranks):
+    first, second = (found["turns"] for found in ranks)
+    assert first[1] <= second[0]
+    assert second[2] < first[3], "whole policies are loaded at the same time"
+    assert first[5] <= second[4]
 
 
 def objects(number):
