@@ -28,7 +28,7 @@ from hdpo.policy import Policy, PolicyConfig, load_tokenizer
 from hdpo.policy import attention as attention_module
 from hdpo.policy import packing as packing_module
 from hdpo.policy import policy as policy_module
-from hdpo.policy.architecture import policy_config
+from hdpo.policy.architecture import compile_layers, policy_config
 from hdpo.policy.packing import Packing, TokenBatch
 from tests.helpers.models import SIZES, random_ids, random_model, random_policy
 from tests.helpers.reference import Reference
@@ -124,9 +124,10 @@ def within_each(query, key, value, begins, keys_begin, longest, longest_key, *, 
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_a_packed_row_in_the_kernel_is_as_good_as_padded_rows(recomputed, monkeypatch):
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])  # whose positions are relative, and absolute
+def test_a_packed_row_in_the_kernel_is_as_good_as_padded_rows(name, recomputed, monkeypatch):
     torch.manual_seed(0)
-    policy = Policy(Qwen2ForCausalLM(Qwen2Config(**SIZES)).double()).train()
+    policy = Policy(dict(models())[name]().double()).train()
     if recomputed:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     items = Sequences([[5, 6, 7, 8], [12, 13], [9], [5, 6, 7]], [[20, 21, 22], [23], [24, 25, 26, 27, 28], [29, 30]])
@@ -177,6 +178,12 @@ def test_what_layouts_a_policy_takes(policy, monkeypatch):
     policy.model.gradient_checkpointing_disable()
     monkeypatch.setattr(policy.model.config, "_attn_implementation_internal", "flash_attention_2")
     assert policy.pack(groups, 4096).layout == "packed"
+    monkeypatch.undo()
+    policy.model.gradient_checkpointing_enable()
+    monkeypatch.setattr(policy_module, "packs_in_kernel", lambda *_: True)
+    assert policy.pack(groups, 4096).layout == "packed"
+    compile_layers(policy.backbone)
+    assert policy.pack(groups, 4096).layout == "padded"
 
 
 def test_dropout_is_off(sequences):
