@@ -189,8 +189,9 @@ def test_the_papers_table_stands_in_hdpo_yaml():
     }  # fmt: skip
     assert (config["data"]["prompts_per_step"], rollouts["num_generations"]) == (32, 16)
     assert rollouts["max_new_tokens"] + config["data"]["selection"]["max_prompt_tokens"] == 4096
-    assert (distillation["topk"], distillation["max_cliffs_per_step"], distillation["success_reward"]) == (64, 32, 1.0)
-    assert (config["cliffs"]["threshold"], config["seed_everything"]) == (0, 42)
+    assert (distillation["topk"], distillation["max_cliffs_per_step"], config["seed_everything"]) == (64, 32, 42)
+    # Table 2's 1.0 and 0: as the verifier says, whose rewards are 1 and 0.
+    assert (distillation["success_reward"], config["cliffs"]["threshold"]) == (None, None)
     assert (config["trainer"]["max_steps"], config["trainer"]["val_check_interval"]) == (2000, 10)
     assert config["data"]["selection"]["num_val_problems"] == 2048
 

@@ -1,5 +1,6 @@
 """Every command, YAML block and Python file of the README, as a reader would use them."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -100,11 +101,29 @@ def test_each_yaml_block_is_an_overlay(workplace, capsys, number):
     assert yaml.safe_load(capsys.readouterr().out)["data"]["prompts_per_step"] == 16
 
 
-@pytest.mark.parametrize("wanted", ["FunctionVerifier", "CrossEntropy"])
+@pytest.mark.parametrize("wanted", ["short_and_right", "CrossEntropy"])
 def test_what_is_brought_from_outside_runs(workplace, wanted):
     (overlay,) = (text for text in blocks("yaml") if wanted in text)
     Path("overlay.yaml").write_text(overlay, encoding="utf-8")
     assert main(["fit", "--config", "configs/lab.yaml", "--config", "overlay.yaml", *SMALL, *STEPS]) == 0
+
+
+def test_rewards_of_several_parts(workplace):
+    from hdpo.lab.demo import read_curves
+
+    (overlay,) = (text for text in blocks("yaml") if "weights:" in text)
+    Path("overlay.yaml").write_text(overlay, encoding="utf-8")
+    hard = "--data.source.kwargs={split: train, tiers: [2, 6]}"
+    assert main(["fit", "--config", "configs/lab.yaml", "--config", "overlay.yaml", hard, *SMALL, *STEPS]) == 0
+    curves = {name: dict(points) for name, points in read_curves(Path("runs/lab/version_0")).items()}
+    for step in (0, 1):
+        at = {name: points[step] for name, points in curves.items() if step in points}
+        assert at["reward/correct"] == pytest.approx(at["rollout/correct"]), "all have a verdict"
+        assert 0 < at["reward/short"] < 1
+        assert at["rollout/reward"] == pytest.approx(at["reward/correct"] + 0.2 * at["reward/short"])
+    summary = json.loads(Path("runs/lab/version_0/summary.json").read_text(encoding="utf-8"))
+    assert 0 < summary["after"]["all"]["pass@1"]["value"] < 1
+    assert curves["cliff/fraction"][0] > 0, "a reward for shortness saves no prompt from being a cliff"
 
 
 def test_the_python_script(workplace, capsys):

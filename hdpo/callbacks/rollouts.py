@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import chain
 from typing import Any
 
 import torch
@@ -165,6 +166,9 @@ class RolloutGeneration(Callback):
             batch.prompts.source, rewards.sum(-1).tolist(), valid.sum(-1).tolist(), strict=True
         ):
             measured.add(f"rollout/reward/{source}", total, count)
+        for judged, parts in zip(valid.flatten().tolist(), chain.from_iterable(rollouts.parts), strict=False):
+            for name, value in parts.items() if judged else ():
+                measured.add(f"reward/{name}", value)
 
     # ------------------------------------------------------------------ evaluation
 

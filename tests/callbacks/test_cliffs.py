@@ -30,6 +30,18 @@ def test_threshold_is_a_sum_of_rewards(scored, module, trainer):
     assert batch.is_cliff.tolist() == [True, True, False, True]
 
 
+@pytest.mark.parametrize("threshold", [None, 0.0])
+def test_the_verifier_says_what_a_success_is_unless_a_threshold_does(scored, module, trainer, threshold):
+    """Rewards of several parts: a wrong answer may have one, and a right one none."""
+    outcomes = [["wrong", "no_answer"], ["wrong", "correct"], ["wrong", "error"], ["correct", "correct"]]
+    batch = scored([[0.3, 0.1], [0.0, -0.5], [0.4, 0.0], [0.0, 0.0]], outcomes)
+    CliffDetection(threshold).on_train_batch_start(trainer, module, batch, 0)
+    assert batch.is_cliff.tolist() == ([True, False, False, False] if threshold is None else [False, True, False, True])
+    means = batch.measurements.means()
+    assert means["cliff/ungraded"] == (0.25 if threshold is None else 0.0)
+    assert means["cliff/solved"] == (0.25 if threshold is None else 0.0)
+
+
 def test_what_could_not_be_graded_is_no_cliff(scored, module, trainer):
     """One rollout without a verdict is enough: it may have been a success."""
     outcomes = [["error", "wrong"], ["correct", "timeout"], ["correct", "correct"], ["no_answer", "wrong"]]
