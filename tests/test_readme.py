@@ -129,7 +129,14 @@ def test_rewards_of_several_parts(workplace):
 def test_the_python_script(workplace, capsys):
     text = next(text for text in blocks("python") if text.startswith("# my_run.py"))
     exec(compile(text, "my_run.py", "exec"), {"__name__": "__main__"})
-    assert 0 <= float(re.search(r"tensor\(([\d.]+)\)", capsys.readouterr().out)[1]) <= 1
+    value = float(re.search(r"tensor\(([\d.]+)\)", capsys.readouterr().out)[1])
+    run = "lightning_logs/version_0"
+    summary = json.loads(Path(run, "summary.json").read_text(encoding="utf-8"))
+    assert summary["after"]["all"]["pass@8"]["value"] == pytest.approx(value, abs=1e-4)
+    assert main(["report", run]) == 0
+    report = json.loads(Path(run, "report/report.json").read_text(encoding="utf-8"))
+    assert report["settings"][0]["last"]["pass@8"]["value"] == pytest.approx(value, abs=1e-4)
+    assert main(["show", run]) == 0
 
 
 def test_paths_and_keys_that_the_text_names_exist():

@@ -147,8 +147,7 @@ class FunctionVerifier(WorkerVerifier):
         **workers: Any,
     ) -> None:
         super().__init__(batch_timeout=batch_timeout, **workers)
-        members = function if isinstance(function, dict) else {"reward": function}
-        self.names = list(members)
+        self.function = members = function if isinstance(function, dict) else {"reward": function}
         self.verifiers = {name: member for name, member in members.items() if isinstance(member, Verifier)}
         self.functions = {name: member for name, member in members.items() if not isinstance(member, Verifier)}
         self.threshold = threshold
@@ -156,7 +155,7 @@ class FunctionVerifier(WorkerVerifier):
         self.weights = weights or {}
         self.in_process = in_process
         for name in (self.success, *self.weights):
-            check_choice("verifier.success and verifier.weights", name, tuple(self.names))
+            check_choice("verifier.success and verifier.weights", name, tuple(members))
         FunctionGrader(self.functions)
         if not in_process:
             self._grader()
@@ -195,7 +194,7 @@ class FunctionVerifier(WorkerVerifier):
         for name, grade in members.items():
             if grade.outcome not in _VERDICTS:
                 return Grade(grade.outcome, 0.0, ": ".join(filter(None, (name, grade.detail))))
-        parts = {n: members[n].reward if n in self.verifiers else members[None].parts[n] for n in self.names}
+        parts = {n: members[n].reward if n in self.verifiers else members[None].parts[n] for n in self.function}
         decisive = members.get(self.success)
         outcome = Outcome.NO_ANSWER if decisive and decisive.outcome is Outcome.NO_ANSWER else Outcome.WRONG
         if parts[self.success] >= self.threshold:

@@ -261,7 +261,7 @@ def test_from_yaml(tmp_path):
     (tmp_path / "again.yaml").write_text(parser.dump(config))
     assert parser.parse_args(["--config", str(tmp_path / "again.yaml")]).verifier == config.verifier, "for a resume"
     verifier = parser.instantiate(config).verifier
-    assert verifier.names == ["correct", "short"]
+    assert list(verifier.function) == ["correct", "short"]
     assert (type(verifier.verifiers["correct"]), verifier.verifiers["correct"].profile) == (MathVerifier, "nemo")
     assert verifier.functions == {"short": "my_rewards:short"}
     arguments = ["--verifier=FunctionVerifier", f"--verifier.function={MODULE}:exact", "--verifier.timeout=2"]
