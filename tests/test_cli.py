@@ -111,7 +111,7 @@ def test_curves_that_the_design_names(workplace):
     assert names >= {
         "loss/total", "loss/policy", "loss/distillation",
         "rollout/reward", "rollout/length", "rollout/truncated", "rollout/entropy",
-        "cliff/fraction", "cliff/solved", "cliff/mixed", "cliff/fraction/tier6",
+        "cliff/fraction", "cliff/solved", "cliff/mixed", "cliff_by_source/fraction/tier6",
         "privileged/pass_rate", "privileged/kept", "privileged/tokens", "privileged/student_mass",
         "privileged/copy_rate",
         "time/rollouts", "time/scoring", "time/privileged", "time/teacher", "time/update",
@@ -138,7 +138,7 @@ def test_evaluations_stand_at_their_steps_and_the_configuration_in_hparams(workp
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     hparams = HParamsPluginData.FromString(content).session_start_info.hparams
     assert set(hparams) == {"method", "seed_everything", "distillation_weight", "teacher", "divergence", "lr"}
-    assert (hparams["method"].string_value, hparams["divergence"].string_value) == ("lab", "hdpo.losses.ForwardKL")
+    assert (hparams["method"].string_value, hparams["divergence"].string_value) == ("lab", "ForwardKL")
     assert (hparams["distillation_weight"].number_value, hparams["seed_everything"].number_value) == (1.0, 0.0)
     content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     metrics = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}

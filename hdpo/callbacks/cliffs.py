@@ -67,7 +67,7 @@ class CliffDetection(Callback):
         ):
             batch.measurements.add(f"cliff/{name}", prompts.sum(), len(batch))
             for source, value in zip(batch.prompts.source, prompts.tolist(), strict=True):
-                batch.measurements.add(f"cliff/{name}/{source}", float(value))
+                batch.measurements.add(f"cliff_by_source/{name}/{source}", float(value))
         self.history.visit(batch, trainer.global_step)
         if self.reference_in_group:
             batch.off_policy = self._references(pl_module, batch)

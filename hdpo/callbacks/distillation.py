@@ -204,12 +204,12 @@ class DistillationRefresh(Callback):
                 (prompts.prompt_ids[i], prompts.privileged_ids[i], ids[j][s], int(prompts.index[i])) for s in kept
             ]
             copies = sum(is_copy(rollouts.texts[j][s], prompts.solution[i]) for s in kept)
-            for suffix in ("", f"/{prompts.source[i]}"):
-                measured.add(f"privileged/pass_rate{suffix}", len(kept), float(graded[j].sum()))
-                measured.add(f"privileged/kept{suffix}", len(kept), None)
-                measured.add(f"privileged/copy_rate{suffix}", copies, len(kept))
-                measured.add(f"privileged/length{suffix}", lengths[j].sum(), self.num_privileged)
-                measured.add(f"privileged/truncated{suffix}", rollouts.truncated[j].sum(), self.num_privileged)
+            for of, suffix in (("", ""), ("_by_source", f"/{prompts.source[i]}")):
+                measured.add(f"privileged{of}/pass_rate{suffix}", len(kept), float(graded[j].sum()))
+                measured.add(f"privileged{of}/kept{suffix}", len(kept), None)
+                measured.add(f"privileged{of}/copy_rate{suffix}", copies, len(kept))
+                measured.add(f"privileged{of}/length{suffix}", lengths[j].sum(), self.num_privileged)
+                measured.add(f"privileged{of}/truncated{suffix}", rollouts.truncated[j].sum(), self.num_privileged)
         return entries
 
     def _given(self, module: Any, batch: Experience, chosen: list[int]) -> list[_Entry]:

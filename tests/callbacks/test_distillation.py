@@ -85,7 +85,7 @@ def test_what_reaches_the_reward_is_kept_if_there_is_a_verdict(scored, module, t
     means = batch.measurements.means()
     assert means["privileged/kept"] == 3 * len(kept)
     assert means["privileged/pass_rate"] == pytest.approx(len(kept) / 3), "of those with a verdict"
-    assert means["privileged/pass_rate/easy"] == means["privileged/pass_rate"]
+    assert means["privileged_by_source/pass_rate/easy"] == means["privileged/pass_rate"]
     assert means["privileged/length"] == 1
     assert means["privileged/truncated"] == 0
 

@@ -26,7 +26,7 @@ def test_measurements(module, trainer, experience):
     RolloutGeneration(num_generations=6, max_new_tokens=5).on_train_batch_start(trainer, module, experience, 0)
     means, rewards = experience.measurements.means(), experience.rollouts.rewards
     assert means["rollout/reward"] == pytest.approx(rewards.mean().item())
-    assert means["rollout/reward/hard"] == pytest.approx(rewards[1:3].mean().item())
+    assert means["rollout_by_source/reward/hard"] == pytest.approx(rewards[1:3].mean().item())
     assert (means["rollout/length"], means["rollout/truncated"], means["rollout/entropy"]) == (1, 0, 0.5)
     assert means["verifier/correct"] + means["verifier/wrong"] == rewards.numel()
     assert means["sampler/logprob_gap_max"] == 0
@@ -103,8 +103,8 @@ def test_means_are_over_what_each_is_about(experience):
     means = experience.measurements.means()
     # Five verdicts; what was not graded has no reward, whatever stands there.
     assert means["rollout/reward"] == pytest.approx((1 + 0.25 + 0 + 1 + 0.5) / 5)
-    assert means["rollout/reward/hard"] == pytest.approx((0 + 1) / 2)
-    assert means["rollout/reward/easy"] == pytest.approx((1 + 0.25 + 0.5) / 3)
+    assert means["rollout_by_source/reward/hard"] == pytest.approx((0 + 1) / 2)
+    assert means["rollout_by_source/reward/easy"] == pytest.approx((1 + 0.25 + 0.5) / 3)
     assert means["rollout/length"] == 21 / 8
     assert means["rollout/truncated"] == 4 / 8
     assert means["rollout/entropy"] == 0.5, "per token"
