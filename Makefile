@@ -80,7 +80,7 @@ bench: .venv-trl/.ready ## The CPU benchmarks, into runs/bench; leave the machin
 	$(BENCH)/memory.py --width 128 --json runs/bench/memory.json
 	$(BENCH)/verifier.py --json runs/bench/verifier.json
 
-notebooks: $(READY) ## Write the outputs of notebooks/02 and 03 anew, as after new records
+notebooks: $(READY) ## Write the outputs of the notebooks anew, as after new records
 	$(BIN)/python -m tests.test_notebooks
 
 docs: $(READY) ## The API page from the docstrings, into docs/api; fails where one is missing

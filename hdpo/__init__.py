@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from hdpo.cli import main
     from hdpo.data import ColumnMapping, EvaluationSource, OpenMathDataModule, PromptConfig, Selection, SourceConfig
     from hdpo.errors import ConfigError
-    from hdpo.experience import Experience
-    from hdpo.generation import GenerationEngine, TransformersEngine, VLLMEngine
+    from hdpo.experience import Experience, Sequences
+    from hdpo.generation import GenerationEngine, SamplingConfig, TransformersEngine, VLLMEngine
     from hdpo.losses import (
         JSD,
         ClippedPolicyLoss,
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     )
     from hdpo.module import HDPOModule
     from hdpo.optim import LinearWarmup
-    from hdpo.policy import LoRAConfig, Policy, PolicyConfig, load_tokenizer
+    from hdpo.policy import LoRAConfig, Policy, PolicyConfig, TokenBatch, load_tokenizer
     from hdpo.rewards import FunctionVerifier, Grade, MathVerifier, Outcome, Verifier
-    from hdpo.teacher import DriftingTeacher, EMATeacher, FrozenTeacher, Teacher
+    from hdpo.teacher import DriftingTeacher, EMATeacher, FrozenTeacher, Teacher, teacher_topk
 
 __version__ = "0.1.0"
 
@@ -79,16 +79,20 @@ __all__ = [
     "ReverseKL",
     "RolloutGeneration",
     "SampleLogger",
+    "SamplingConfig",
     "Selection",
+    "Sequences",
     "SourceConfig",
     "Station",
     "Teacher",
+    "TokenBatch",
     "TransformersEngine",
     "UpdateConfig",
     "VLLMEngine",
     "Verifier",
     "load_tokenizer",
     "main",
+    "teacher_topk",
 ]
 
 _HOMES = (

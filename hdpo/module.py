@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 
 from hdpo.callbacks.cliffs import CliffDetection
 from hdpo.callbacks.distillation import DistillationRefresh
+from hdpo.callbacks.evaluation import Evaluation
 from hdpo.callbacks.rollouts import RolloutGeneration
+from hdpo.callbacks.samples import SampleLogger
 from hdpo.callbacks.skipped import SkippedSteps
 from hdpo.checkpoints import check_state
 from hdpo.distributed import in_turns, merged_means, shard_policy
@@ -151,7 +154,11 @@ class HDPOModule(LightningModule):
         return self.initial.policy(self.student) if self.policy_loss.kl_coef > 0 else None
 
     def configure_callbacks(self) -> list[Callback]:
-        """The stations, in the order in which they act; no list of callbacks can drop or reorder them."""
+        """The stations, in the order in which they act; no list of callbacks can drop or reorder them.
+
+        Where the run has a folder of its own (TensorBoard's or the CSV logger's), also an :class:`Evaluation` and a
+        :class:`SampleLogger`, unless the trainer has one: ``report`` and ``show`` then read it.
+        """
         trainer = cast(Any, self.trainer)
         check_trainer(trainer)
         end_properly(trainer)
@@ -162,6 +169,10 @@ class HDPOModule(LightningModule):
                     f"trainer.callbacks must not hold {type(callback).__name__}: the stations belong to the module "
                     "(HDPOModule(rollouts=..., cliffs=..., distillation=...), or the sections of these names)"
                 )
+        recorded = isinstance(trainer.logger, TensorBoardLogger | CSVLogger)
+        for kind in (Evaluation, SampleLogger) if recorded else ():
+            if not any(isinstance(callback, kind) for callback in trainer.callbacks):
+                stations.append(kind())
         return [*stations, SkippedSteps()]
 
     def configure_model(self) -> None:

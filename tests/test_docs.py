@@ -67,8 +67,10 @@ def test_every_metric_is_logged_somewhere():
             assert f'"{rest}"' in source, name
         elif kind == "val":
             assert re.fullmatch(r"pass@\d+|greedy_accuracy", rest), name
-        elif kind in ("cliff", "replay", "speed"):  # of these some are added in a loop over names
-            assert any(text in source for text in (f'"{rest}"', f"'{rest}'", f'"{name}{{suffix}}"')), name
+        elif kind in ("cliff", "privileged", "replay", "speed"):  # of these some are added in a loop over names
+            assert any(
+                text in source for text in (f'"{rest}"', f"'{rest}'", f'"{name}"', f'"{kind}{{of}}/{rest}{{suffix}}"')
+            ), name
         elif rest in {outcome.value for outcome in Outcome}:
             assert kind == "rollout", name
         else:

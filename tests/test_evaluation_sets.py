@@ -152,6 +152,45 @@ def test_the_trainers_metrics_are_those_of_the_records(tmp_path):
     assert trainer.progress_bar_metrics["pass@1"] == pytest.approx(found["val/pass@1"])
 
 
+@pytest.mark.parametrize("given", ["", "stories"])
+def test_one_source_has_one_name_in_fit_validate_and_test(workplace, capsys, given):
+    """Its own, or the end of its path, where no column says where problems are from."""
+    from hdpo.lab.problems import rows
+
+    name = given or "own.jsonl"
+    problems = [{"problem": r["problem"], "answer": r["expected_answer"]} for r in rows(40, split="train", tiers=(1,))]
+    Path("own.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    source = {
+        "path": "own.jsonl",
+        "columns": {"problem": "problem", "solution": None, "answer": "answer", "source": None},
+    }
+    data = {
+        "source": source | {"source_name": given or None},
+        "val_source": None,
+        "test_source": None,
+        "prompts_per_step": 2,
+    }
+    data["selection"] = {"val_fraction": 0.3, "test_fraction": 0.3, "num_train_problems": 2}
+    overlay = {"data": data, "model": {"pass_k": [1]}, "trainer": {"max_steps": 1, "val_check_interval": 1}}
+    overlay |= {"rollouts": {"num_generations": 2, "max_new_tokens": 12, "num_val_samples": 1}}
+    Path("one.yaml").write_text(yaml.safe_dump(overlay))
+    run, tables = workplace / "runs/lab", {}
+    for number, command in enumerate(("fit", "validate", "test")):
+        arguments = ["--model.verifier=tests.helpers.toy.BoxedVerifier", "--trainer.enable_progress_bar=false"]
+        assert main([command, "--config", "lab", "--config", "one.yaml", *arguments]) == 0
+        summary = json.loads((run / f"version_{number}/summary.json").read_text())
+        split = {"fit": "after", "validate": "validation", "test": "test"}[command]
+        scores = summary[split] if command == "fit" else summary[split]["scores"]
+        assert list(scores) == ["all", name]
+        assert scores[name] == scores["all"]
+        cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in capsys.readouterr().out.splitlines()]
+        tables[command] = [row for row in cells if row and row[0] in ("all", name)]
+        assert tables[command] == [[group, str(scores[name]["num_problems"])] for group in ("all", name)]
+        (*_, path) = sorted((run / f"version_{number}").rglob("step_*.jsonl.gz"))
+        assert {json.loads(row)["source"] for row in gzip.decompress(path.read_bytes()).splitlines()} == {name}
+    assert tables["fit"] == tables["validate"], "of the same problems"
+
+
 def test_a_set_with_too_few_samples_is_refused():
     with pytest.raises(ConfigError, match=r"evaluation set 'few' has num_samples 2, but the smallest k .* is 4"):
         group_ks((4, 8), {"few": 2, "many": 8})

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from hdpo.errors import ConfigError
-from hdpo.experience import Completions, DistillationBatch, EvaluationSampling, Experience, Rollouts, Sequences
+from hdpo.experience import (
+    Completions,
+    DistillationBatch,
+    EvaluationSampling,
+    Experience,
+    Rollouts,
+    Sequences,
+    join_rollouts,
+)
 
 IDS = torch.tensor([[[5, 6, 7], [8, 0, 0]], [[9, 9, 0], [1, 2, 3]]])
 MASK = torch.tensor([[[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [1, 1, 1]]]).bool()
@@ -13,7 +21,7 @@ LISTS = [[[5, 6, 7], [8]], [[9, 9], [1, 2, 3]]]
 
 def rollouts(outcomes, rewards):
     rewards = torch.tensor(rewards)
-    return Rollouts(IDS, MASK, MASK.float(), MASK[..., 0], rewards, outcomes, [])
+    return Rollouts(IDS, MASK, MASK.float(), MASK[..., 0], rewards, outcomes, [[""] * 2] * 2)
 
 
 def test_token_lists_hold_what_was_sampled():
@@ -29,6 +37,14 @@ def test_success_is_the_verifiers_word_and_not_the_reward():
     others = rollouts([["error", "invalid_reference", "correct"]], [[0.0] * 3])
     assert others.success.tolist() == [[False, False, True]]
     assert others.num_generations == 3
+
+
+def test_named_rewards_follow_their_completions():
+    one, two = (rollouts([["wrong"] * 2] * 2, [[0.0] * 2] * 2) for _ in range(2))
+    one.parts = [[{"a": 1}, {"a": 2}], [{"a": 3}, {}]]
+    two.parts = [[{"b": 1}, {}], [{"b": 3}, {"b": 4}]]
+    assert join_rollouts(one, two).select([3, 0]).parts == [two.parts[1], one.parts[0]]
+    assert rollouts([["wrong"] * 2] * 2, [[0.0] * 2] * 2).select([1]).parts == [], "where a verifier has none"
 
 
 def test_sequences_are_selected_in_the_order_asked_for():

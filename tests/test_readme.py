@@ -1,5 +1,6 @@
 """Every command, YAML block and Python file of the README, as a reader would use them."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -100,17 +101,42 @@ def test_each_yaml_block_is_an_overlay(workplace, capsys, number):
     assert yaml.safe_load(capsys.readouterr().out)["data"]["prompts_per_step"] == 16
 
 
-@pytest.mark.parametrize("wanted", ["FunctionVerifier", "CrossEntropy"])
+@pytest.mark.parametrize("wanted", ["short_and_right", "CrossEntropy"])
 def test_what_is_brought_from_outside_runs(workplace, wanted):
     (overlay,) = (text for text in blocks("yaml") if wanted in text)
     Path("overlay.yaml").write_text(overlay, encoding="utf-8")
     assert main(["fit", "--config", "configs/lab.yaml", "--config", "overlay.yaml", *SMALL, *STEPS]) == 0
 
 
+def test_rewards_of_several_parts(workplace):
+    from hdpo.lab.demo import read_curves
+
+    (overlay,) = (text for text in blocks("yaml") if "weights:" in text)
+    Path("overlay.yaml").write_text(overlay, encoding="utf-8")
+    hard = "--data.source.kwargs={split: train, tiers: [2, 6]}"
+    assert main(["fit", "--config", "configs/lab.yaml", "--config", "overlay.yaml", hard, *SMALL, *STEPS]) == 0
+    curves = {name: dict(points) for name, points in read_curves(Path("runs/lab/version_0")).items()}
+    for step in (0, 1):
+        at = {name: points[step] for name, points in curves.items() if step in points}
+        assert at["reward/correct"] == pytest.approx(at["rollout/correct"]), "all have a verdict"
+        assert 0 < at["reward/short"] < 1
+        assert at["rollout/reward"] == pytest.approx(at["reward/correct"] + 0.2 * at["reward/short"])
+    summary = json.loads(Path("runs/lab/version_0/summary.json").read_text(encoding="utf-8"))
+    assert 0 < summary["after"]["all"]["pass@1"]["value"] < 1
+    assert curves["cliff/fraction"][0] > 0, "a reward for shortness saves no prompt from being a cliff"
+
+
 def test_the_python_script(workplace, capsys):
     text = next(text for text in blocks("python") if text.startswith("# my_run.py"))
     exec(compile(text, "my_run.py", "exec"), {"__name__": "__main__"})
-    assert 0 <= float(re.search(r"tensor\(([\d.]+)\)", capsys.readouterr().out)[1]) <= 1
+    value = float(re.search(r"tensor\(([\d.]+)\)", capsys.readouterr().out)[1])
+    run = "lightning_logs/version_0"
+    summary = json.loads(Path(run, "summary.json").read_text(encoding="utf-8"))
+    assert summary["after"]["all"]["pass@8"]["value"] == pytest.approx(value, abs=1e-4)
+    assert main(["report", run]) == 0
+    report = json.loads(Path(run, "report/report.json").read_text(encoding="utf-8"))
+    assert report["settings"][0]["last"]["pass@8"]["value"] == pytest.approx(value, abs=1e-4)
+    assert main(["show", run]) == 0
 
 
 def test_paths_and_keys_that_the_text_names_exist():

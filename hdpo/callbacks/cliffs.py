@@ -28,7 +28,8 @@ class CliffDetection(Callback):
     ``cliff/steps_to_success`` the steps from the fall to the first success.
 
     Args:
-        threshold: a prompt is a cliff if the sum of its rewards is at most this (paper, Table 2: 0.0).
+        threshold: a prompt is a cliff if the sum of its rewards is at most this (paper, Table 2: 0.0); null: if none of
+            its rollouts is correct, which is the same where rewards are 1 and 0, and right where they are of several.
         reference_in_group: whether the reference solution joins a cliff's group as one more member with reward 1, which
             the policy did not write (LUFFY, arXiv 2504.14945); see ``model.policy_loss.off_policy_shaping``.
         max_reference_tokens: longer reference solutions do not join.
@@ -38,7 +39,7 @@ class CliffDetection(Callback):
     """
 
     def __init__(
-        self, threshold: float = 0.0, reference_in_group: bool = False, max_reference_tokens: int = 2048
+        self, threshold: float | None = None, reference_in_group: bool = False, max_reference_tokens: int = 2048
     ) -> None:
         check_at_least(0, cliffs__threshold=threshold)
         check_at_least(1, cliffs__max_reference_tokens=max_reference_tokens)
@@ -53,7 +54,9 @@ class CliffDetection(Callback):
         rollouts = batch.rollouts
         assert rollouts is not None, "RolloutGeneration completes the experience first"
         valid = rollouts.has_verdict
-        low = rollouts.rewards.masked_fill(~valid, 0.0).sum(-1) <= self.threshold
+        low = ~rollouts.success.any(-1)
+        if self.threshold is not None:
+            low = rollouts.rewards.masked_fill(~valid, 0.0).sum(-1) <= self.threshold
         complete, varied = valid.all(-1), has_variance(rollouts.rewards, valid)
         batch.is_cliff = low & complete
         for name, prompts in (
@@ -64,7 +67,7 @@ class CliffDetection(Callback):
         ):
             batch.measurements.add(f"cliff/{name}", prompts.sum(), len(batch))
             for source, value in zip(batch.prompts.source, prompts.tolist(), strict=True):
-                batch.measurements.add(f"cliff/{name}/{source}", float(value))
+                batch.measurements.add(f"cliff_by_source/{name}/{source}", float(value))
         self.history.visit(batch, trainer.global_step)
         if self.reference_in_group:
             batch.off_policy = self._references(pl_module, batch)

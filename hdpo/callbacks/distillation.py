@@ -47,7 +47,8 @@ class DistillationRefresh(Callback):
             (paper, Table 2: 32), those that come first in it.
         temperature: of the privileged rollouts.
         max_new_tokens: their token limit; a longer reference solution is not distilled.
-        success_reward: a privileged rollout is kept if its reward is at least this (paper, Table 2: 1.0); 0 keeps all.
+        success_reward: a privileged rollout is kept if its reward is at least this (paper, Table 2: 1.0); 0 keeps all;
+            null: if it is correct, which is the same where rewards are 1 and 0, and right where they are of several.
         topk: how many of the teacher's logits are distilled (paper, Table 2: 64).
         refresh_every: steps that the buffer lives. With 1 (paper) it holds this step's rollouts. With more, the
             rollouts are sampled every ``refresh_every`` steps and distilled in each step between; the teacher reads
@@ -70,7 +71,7 @@ class DistillationRefresh(Callback):
         max_cliffs_per_step: int = 32,
         temperature: float = 1.0,
         max_new_tokens: int = 2048,
-        success_reward: float = 1.0,
+        success_reward: float | None = None,
         topk: int = 64,
         refresh_every: int = 1,
         completions: Whose = "privileged",
@@ -190,7 +191,9 @@ class DistillationRefresh(Callback):
         """The privileged rollouts that succeeded; where the policy loss masks truncated ones, they do not."""
         prompts, measured, rollouts = batch.prompts, batch.measurements, privileged.rollouts
         graded, lengths = rollouts.has_verdict, rollouts.completion_mask.sum(-1)
-        passed = graded & (rollouts.rewards >= self.success_reward)
+        passed = rollouts.success
+        if self.success_reward is not None:
+            passed = graded & (rollouts.rewards >= self.success_reward)
         if module.policy_loss.mask_truncated:
             passed &= ~rollouts.truncated
         ids = rollouts.token_lists()
@@ -201,12 +204,12 @@ class DistillationRefresh(Callback):
                 (prompts.prompt_ids[i], prompts.privileged_ids[i], ids[j][s], int(prompts.index[i])) for s in kept
             ]
             copies = sum(is_copy(rollouts.texts[j][s], prompts.solution[i]) for s in kept)
-            for suffix in ("", f"/{prompts.source[i]}"):
-                measured.add(f"privileged/pass_rate{suffix}", len(kept), float(graded[j].sum()))
-                measured.add(f"privileged/kept{suffix}", len(kept), None)
-                measured.add(f"privileged/copy_rate{suffix}", copies, len(kept))
-                measured.add(f"privileged/length{suffix}", lengths[j].sum(), self.num_privileged)
-                measured.add(f"privileged/truncated{suffix}", rollouts.truncated[j].sum(), self.num_privileged)
+            for of, suffix in (("", ""), ("_by_source", f"/{prompts.source[i]}")):
+                measured.add(f"privileged{of}/pass_rate{suffix}", len(kept), float(graded[j].sum()))
+                measured.add(f"privileged{of}/kept{suffix}", len(kept), None)
+                measured.add(f"privileged{of}/copy_rate{suffix}", copies, len(kept))
+                measured.add(f"privileged{of}/length{suffix}", lengths[j].sum(), self.num_privileged)
+                measured.add(f"privileged{of}/truncated{suffix}", rollouts.truncated[j].sum(), self.num_privileged)
         return entries
 
     def _given(self, module: Any, batch: Experience, chosen: list[int]) -> list[_Entry]:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from hdpo.distributed import gather_objects
 from hdpo.evaluation.provenance import Spending, write_provenance
 from hdpo.evaluation.records import evaluation_files, read_records, recompute, record_path, write_gzip
+from hdpo.evaluation.settings import write_config
 from hdpo.experience import Experience
 from hdpo.files import run_folder, write_text
 from hdpo.rewards.boxed import last_boxed
@@ -24,9 +25,10 @@ class Evaluation(Callback):
 
     Each evaluation becomes ``evaluations/step_<n>.jsonl.gz`` in the run's folder, one row per problem and sample (see
     :data:`hdpo.evaluation.records.COLUMNS`), so that every number can be recomputed; ``provenance.json`` says which
-    code and machine it is from and what had been spent. At the end of ``fit`` a table compares before and after,
-    overall, by named set and by source, and ``summary.json`` holds its numbers; ``validate`` and ``test`` print theirs
-    and add them to ``summary.json`` under the name of the split.
+    code and machine it is from and what had been spent. A Python program's run gets a ``config.yaml``, which is the
+    command line's otherwise. At the end of ``fit`` a table compares before and after, overall, by named set and by
+    source, and ``summary.json`` holds its numbers; ``validate`` and ``test`` print theirs and add them to
+    ``summary.json`` under the name of the split.
 
     Args:
         before_fit: evaluate once before the first step.
@@ -115,6 +117,7 @@ class Evaluation(Callback):
         path = run_folder(trainer)
         if trainer.is_global_zero and records:
             records.sort(key=lambda r: (r["dataset"], r["row"], r["greedy"], r["sample"]))
+            write_config(path, trainer, module)
             write_provenance(path, split, step, self.spending.so_far())
             file = record_path(path / folder, step)
             write_gzip(file, records)

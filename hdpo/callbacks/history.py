@@ -47,14 +47,14 @@ class CliffHistory:
         for row, source, successes, verdicts, is_cliff in columns:
             former = self.visits.get(row)
             observed = former and (successes or verdicts == rollouts.num_generations)
-            for suffix in ("", f"/{source}"):
-                measured.add(f"cliff/seen_again{suffix}", float(bool(former)))
+            for of, suffix in (("", ""), ("_by_source", f"/{source}")):
+                measured.add(f"cliff{of}/seen_again{suffix}", float(bool(former)))
                 if observed:
-                    measured.add(f"cliff/converted{suffix}", float(successes > 0))
+                    measured.add(f"cliff{of}/converted{suffix}", float(successes > 0))
                 if observed and row in self.distilled:
-                    measured.add(f"cliff/converted_distilled{suffix}", float(successes > 0))
+                    measured.add(f"cliff{of}/converted_distilled{suffix}", float(successes > 0))
                 if former and successes and not any(visit.successes for visit in former[1:]):
-                    measured.add(f"cliff/steps_to_success{suffix}", step - former[0].step)
+                    measured.add(f"cliff{of}/steps_to_success{suffix}", step - former[0].step)
             if former or is_cliff:
                 seen.append((row, successes, verdicts))
         together: dict[int, tuple[int, int]] = {}  # a row may stand in a batch twice

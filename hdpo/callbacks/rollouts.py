@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import chain
 from typing import Any
 
 import torch
@@ -164,7 +165,10 @@ class RolloutGeneration(Callback):
         for source, total, count in zip(
             batch.prompts.source, rewards.sum(-1).tolist(), valid.sum(-1).tolist(), strict=True
         ):
-            measured.add(f"rollout/reward/{source}", total, count)
+            measured.add(f"rollout_by_source/reward/{source}", total, count)
+        for judged, parts in zip(valid.flatten().tolist(), chain.from_iterable(rollouts.parts), strict=False):
+            for name, value in parts.items() if judged else ():
+                measured.add(f"reward/{name}", value)
 
     # ------------------------------------------------------------------ evaluation
 

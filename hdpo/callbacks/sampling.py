@@ -110,4 +110,5 @@ def graded(
         rewards=torch.tensor([g.reward for g in grades]).view(completions.truncated.shape),
         outcomes=[outcomes[i : i + num_samples] for i in groups],
         texts=[texts[i : i + num_samples] for i in groups],
+        parts=[[grade.parts for grade in grades[i : i + num_samples]] for i in groups],
     )

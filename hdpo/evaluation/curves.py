@@ -8,6 +8,8 @@ from weakref import WeakSet
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from hdpo.evaluation.runs import class_name
+
 __all__ = ["log_evaluation"]
 
 _HPARAMS = (
@@ -33,7 +35,8 @@ def log_evaluation(loggers: Iterable[Any], metrics: Mapping[str, float], step: i
     """
     for logger in loggers:
         hparams = getattr(logger, "hparams", {}) if isinstance(logger, TensorBoardLogger) else {}
-        shown = {name.rpartition(".")[2]: hparams[name] for name in _HPARAMS if name in hparams}
+        # A class has several paths, such as hdpo.JSD and hdpo.losses.JSD, so goes by its name.
+        shown = {n.rpartition(".")[2]: class_name(hparams[n]) or hparams[n] for n in _HPARAMS if n in hparams}
         if shown and logger not in _shown:
             cast(TensorBoardLogger, logger).log_hyperparams(shown, dict(metrics), step)  # which logs the metrics, too
             _shown.add(logger)

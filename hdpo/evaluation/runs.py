@@ -15,7 +15,7 @@ from hdpo.errors import ConfigError
 from hdpo.evaluation.provenance import read_provenance
 from hdpo.evaluation.records import Evaluation, evaluation_files, read_gzip, read_records, write_gzip
 
-__all__ = ["ARM_FILE", "WEIGHT", "Run", "find_runs", "flat_config", "name_settings", "write_compact"]
+__all__ = ["ARM_FILE", "WEIGHT", "Run", "class_name", "find_runs", "flat_config", "name_settings", "write_compact"]
 
 WEIGHT = "model.distillation_weight"
 """The key of lambda, by which runs are sorted; 0 is GRPO."""
@@ -86,14 +86,15 @@ class Run:
         if self.weight == 0 and not any(privileged):
             aside += _WITHOUT_DISTILLATION
         found = {key: value for key, value in self.config.items() if not _within(key, aside)}
-        return {key: _class_name(value) or value for key, value in found.items()}
+        return {key: class_name(value) or value for key, value in found.items()}
 
 
 class _ClassName(str):
     """The name of a class, told from other texts by its type."""
 
 
-def _class_name(value: Any) -> _ClassName | None:
+def class_name(value: Any) -> _ClassName | None:
+    """The name of the class that a value of the configuration names by its path; None for any other value."""
     found = _CLASS.fullmatch(value) if isinstance(value, str) else None
     return _ClassName(found[1]) if found else None
 

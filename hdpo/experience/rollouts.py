@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -58,11 +58,12 @@ class Rollouts:
         completion_mask: ``[B, K, T]`` bool, True for a token that is trained.
         sampler_logps: ``[B, K, T]`` float32, log-probabilities (nats) reported by the sampler.
         truncated: ``[B, K]`` bool.
-        rewards: ``[B, K]`` float32 in [0, 1]; without a meaning where there is no verdict.
+        rewards: ``[B, K]`` float32, what is trained on; without a meaning where there is no verdict.
         outcomes: ``[B][K]`` verifier outcomes (values of :class:`hdpo.rewards.Outcome`).
         texts: ``[B][K]`` decoded completions.
         seeds: ``[B, K]`` int64, what each was drawn with (evaluation only).
         temperature: that each was drawn at (evaluation only).
+        parts: ``[B][K]`` named rewards, which ``rewards`` are weighted sums of (training only; may be empty).
     """
 
     completion_ids: Tensor
@@ -74,6 +75,7 @@ class Rollouts:
     texts: list[list[str]]
     seeds: Tensor | None = None
     temperature: float | None = None
+    parts: list[list[Mapping[str, float]]] = field(default_factory=list)
 
     @property
     def num_generations(self) -> int:
@@ -107,6 +109,7 @@ class Rollouts:
             self.rewards[which],
             [self.outcomes[i] for i in which],
             [self.texts[i] for i in which],
+            parts=[self.parts[i] for i in which] if self.parts else [],
         )
 
 
@@ -133,6 +136,7 @@ def join_rollouts(one: Rollouts, two: Rollouts, *, members: bool = False) -> Rol
         rewards=joined("rewards"),
         outcomes=lists("outcomes"),
         texts=lists("texts"),
+        parts=[] if members else one.parts + two.parts,
     )
 
 

@@ -6,9 +6,9 @@ import hashlib
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -46,11 +46,13 @@ class Grade:
         outcome: how grading ended.
         reward: R(x, y) of the paper's section 2; 1 for ``CORRECT`` and 0 otherwise, unless the verifier says so.
         detail: for a person to read, mostly what went wrong; may be empty.
+        parts: the named rewards that the reward is the weighted sum of; empty where it is one of its own.
     """
 
     outcome: Outcome
     reward: float
     detail: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class VerifierError(RuntimeError):

@@ -120,4 +120,4 @@ def main(options: dict[str, Any]) -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * options["timeout"] + 1)
         grade, retires = _answer(grader, request, options["memory_limit"])
         signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.sendall(json.dumps([grade.outcome, grade.reward, grade.detail, retires]).encode() + b"\n")
+        connection.sendall(json.dumps([*vars(grade).values(), retires]).encode() + b"\n")

@@ -97,8 +97,8 @@ class Worker:
         try:
             self._socket.settimeout(seconds)
             self._socket.sendall(pickle.dumps(request))
-            outcome, reward, detail, retires = self._receive(deadline)
-            grade = Grade(Outcome(outcome), reward, detail)
+            outcome, reward, detail, parts, retires = self._receive(deadline)
+            grade = Grade(Outcome(outcome), reward, detail, parts)
         except TimeoutError:
             return Grade(Outcome.TIMEOUT, 0.0, f"not graded within {seconds:.3g} s"), True
         except (OSError, EOFError):

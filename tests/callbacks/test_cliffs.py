@@ -21,13 +21,25 @@ def test_cliffs_mixed_and_solved_groups(scored, module, trainer):
     assert batch.is_cliff.tolist() == [True, False, False, True]
     means = batch.measurements.means()
     assert (means["cliff/fraction"], means["cliff/mixed"], means["cliff/solved"]) == (0.5, 0.25, 0.25)
-    assert (means["cliff/fraction/easy"], means["cliff/fraction/hard"]) == (1.0, 0.0)
+    assert (means["cliff_by_source/fraction/easy"], means["cliff_by_source/fraction/hard"]) == (1.0, 0.0)
 
 
 def test_threshold_is_a_sum_of_rewards(scored, module, trainer):
     batch = scored(REWARDS)
     CliffDetection(threshold=1.0).on_train_batch_start(trainer, module, batch, 0)
     assert batch.is_cliff.tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0])
+def test_the_verifier_says_what_a_success_is_unless_a_threshold_does(scored, module, trainer, threshold):
+    """Rewards of several parts: a wrong answer may have one, and a right one none."""
+    outcomes = [["wrong", "no_answer"], ["wrong", "correct"], ["wrong", "error"], ["correct", "correct"]]
+    batch = scored([[0.3, 0.1], [0.0, -0.5], [0.4, 0.0], [0.0, 0.0]], outcomes)
+    CliffDetection(threshold).on_train_batch_start(trainer, module, batch, 0)
+    assert batch.is_cliff.tolist() == ([True, False, False, False] if threshold is None else [False, True, False, True])
+    means = batch.measurements.means()
+    assert means["cliff/ungraded"] == (0.25 if threshold is None else 0.0)
+    assert means["cliff/solved"] == (0.25 if threshold is None else 0.0)
 
 
 def test_what_could_not_be_graded_is_no_cliff(scored, module, trainer):
@@ -50,7 +62,11 @@ def test_a_reward_without_a_verdict_saves_no_prompt(scored, module, trainer):
     assert {name: means[f"cliff/{name}"] for name in ("fraction", "mixed", "solved", "ungraded")} == {
         "fraction": 0.5, "mixed": 0.25, "solved": 0.0, "ungraded": 0.25
     }  # fmt: skip
-    assert (means["cliff/fraction/easy"], means["cliff/mixed/hard"], means["cliff/ungraded/easy"]) == (0.5, 0.5, 0.5)
+    assert (
+        means["cliff_by_source/fraction/easy"],
+        means["cliff_by_source/mixed/hard"],
+        means["cliff_by_source/ungraded/easy"],
+    ) == (0.5, 0.5, 0.5)
 
 
 def test_reference_solutions_join_the_groups_of_cliffs(scored, module, trainer):
@@ -100,14 +116,14 @@ def seen(history, step, outcomes):
 def test_former_cliffs_and_the_steps_that_they_took():
     history = CliffHistory()
     first = seen(history, 3, {1: "--", 2: "--", 3: "+-", 4: "-?", 6: "--"})
-    assert first == {"cliff/seen_again": 0, "cliff/seen_again/odd": 0, "cliff/seen_again/even": 0}
+    assert first == {"cliff/seen_again": 0, "cliff_by_source/seen_again/odd": 0, "cliff_by_source/seen_again/even": 0}
     assert sorted(history.visits) == [1, 2, 6], "what was not graded is no cliff"
     history.distil([2], 3)
     means = seen(history, 10, {1: "++", 2: "--", 3: "--", 4: "++"})
     assert (means["cliff/seen_again"], means["cliff/converted"], means["cliff/steps_to_success"]) == (0.5, 0.5, 7)
-    assert (means["cliff/converted/odd"], means["cliff/converted/even"]) == (1, 0)
-    assert (means["cliff/converted_distilled"], means["cliff/converted_distilled/even"]) == (0, 0)
-    assert "cliff/steps_to_success/even" not in means
+    assert (means["cliff_by_source/converted/odd"], means["cliff_by_source/converted/even"]) == (1, 0)
+    assert (means["cliff/converted_distilled"], means["cliff_by_source/converted_distilled/even"]) == (0, 0)
+    assert "cliff_by_source/steps_to_success/even" not in means
     means = seen(history, 15, {1: "+-", 2: "-+", 3: "--", 6: "?-"})
     assert means["cliff/seen_again"] == 1
     assert means["cliff/converted"] == pytest.approx(2 / 3), "of the fourth nothing is known"

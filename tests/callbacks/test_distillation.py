@@ -62,6 +62,9 @@ class Partial(Verifier):
 
     kinds = ((Outcome.CORRECT, 1.0), (Outcome.WRONG, 0.6), (Outcome.ERROR, 1.0), (Outcome.WRONG, 0.4))
 
+    def __init__(self, kinds=kinds):
+        self.kinds = kinds
+
     def grade(self, completions, references, **columns):
         return [Grade(*self.kinds[i % 4]) for i in range(len(completions))]
 
@@ -82,9 +85,19 @@ def test_what_reaches_the_reward_is_kept_if_there_is_a_verdict(scored, module, t
     means = batch.measurements.means()
     assert means["privileged/kept"] == 3 * len(kept)
     assert means["privileged/pass_rate"] == pytest.approx(len(kept) / 3), "of those with a verdict"
-    assert means["privileged/pass_rate/easy"] == means["privileged/pass_rate"]
+    assert means["privileged_by_source/pass_rate/easy"] == means["privileged/pass_rate"]
     assert means["privileged/length"] == 1
     assert means["privileged/truncated"] == 0
+
+
+def test_what_is_correct_is_kept_whatever_its_reward(scored, module, trainer):
+    batch = detected(scored, module, trainer)
+    kinds = ((Outcome.CORRECT, 0.2), (Outcome.WRONG, 1.5), (Outcome.ERROR, 1.0), (Outcome.CORRECT, 2.0))
+    module.verifier = Partial(kinds)
+    DistillationRefresh(num_privileged=4, topk=8).on_train_batch_start(trainer, module, batch, 0)
+    means = batch.measurements.means()
+    assert means["privileged/kept"] == 3 * 2
+    assert means["privileged/pass_rate"] == pytest.approx(2 / 3), "of those with a verdict"
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -26,7 +26,7 @@ def test_measurements(module, trainer, experience):
     RolloutGeneration(num_generations=6, max_new_tokens=5).on_train_batch_start(trainer, module, experience, 0)
     means, rewards = experience.measurements.means(), experience.rollouts.rewards
     assert means["rollout/reward"] == pytest.approx(rewards.mean().item())
-    assert means["rollout/reward/hard"] == pytest.approx(rewards[1:3].mean().item())
+    assert means["rollout_by_source/reward/hard"] == pytest.approx(rewards[1:3].mean().item())
     assert (means["rollout/length"], means["rollout/truncated"], means["rollout/entropy"]) == (1, 0, 0.5)
     assert means["verifier/correct"] + means["verifier/wrong"] == rewards.numel()
     assert means["sampler/logprob_gap_max"] == 0
@@ -91,13 +91,20 @@ def test_means_are_over_what_each_is_about(experience):
     outcomes = [["correct", "wrong"], ["error", "timeout"], ["no_answer", "correct"], ["wrong", "error"]]
     rewards = torch.tensor([[1.0, 0.25], [0.75, 0.5], [0.0, 1.0], [0.5, 1.0]])
     truncated = torch.tensor([[0, 1], [0, 0], [0, 1], [1, 1]]).bool()
-    experience.rollouts = Rollouts(mask.long(), mask, -0.5 * mask, truncated, rewards, outcomes, [])
+    # One has no part called "short"; those of the ungraded say nothing.
+    parts = [
+        [{"right": 1.0, "short": 4.0}, {"right": 0.5, "short": 0.0}],
+        [{}, {"right": 99.0}],
+        [{"right": 0.0, "short": 2.0}, {"right": 1.0}],
+        [{"right": 0.0, "short": 3.0}, {"short": 99.0}],
+    ]
+    experience.rollouts = Rollouts(mask.long(), mask, -0.5 * mask, truncated, rewards, outcomes, [], parts=parts)
     RolloutGeneration()._measure(experience, experience.rollouts)
     means = experience.measurements.means()
     # Five verdicts; what was not graded has no reward, whatever stands there.
     assert means["rollout/reward"] == pytest.approx((1 + 0.25 + 0 + 1 + 0.5) / 5)
-    assert means["rollout/reward/hard"] == pytest.approx((0 + 1) / 2)
-    assert means["rollout/reward/easy"] == pytest.approx((1 + 0.25 + 0.5) / 3)
+    assert means["rollout_by_source/reward/hard"] == pytest.approx((0 + 1) / 2)
+    assert means["rollout_by_source/reward/easy"] == pytest.approx((1 + 0.25 + 0.5) / 3)
     assert means["rollout/length"] == 21 / 8
     assert means["rollout/truncated"] == 4 / 8
     assert means["rollout/entropy"] == 0.5, "per token"
@@ -106,6 +113,8 @@ def test_means_are_over_what_each_is_about(experience):
     assert means["rollout/reward_std"] == pytest.approx((0.75 + 1) / 2 / 2**0.5)
     shares = {"correct": 2, "wrong": 2, "no_answer": 1, "timeout": 1, "error": 2, "invalid_reference": 0}
     assert {name: means[f"rollout/{name}"] * 8 for name in shares} == shares
+    named = {name: value for name, value in means.items() if name.startswith("reward/")}
+    assert named == {"reward/right": (1 + 0.5 + 0 + 1 + 0) / 5, "reward/short": (4 + 0 + 2 + 3) / 4}
 
 
 def test_an_evaluation_checks_a_version_that_no_step_has_checked(module, trainer, experience):

@@ -23,7 +23,7 @@ class Watching(Verifier):
     def grade(self, completions, references, **columns):
         self.asked.append((list(completions), list(references), {k: list(v) for k, v in columns.items()}))
         outcomes = [Outcome.CORRECT, Outcome.ERROR, Outcome.WRONG]
-        return [Grade(outcomes[i % 3], i / 10) for i in range(len(completions))]
+        return [Grade(outcomes[i % 3], i / 10, parts={"number": i}) for i in range(len(completions))]
 
     def usable(self, references, **columns):
         return [True for _ in references]
@@ -66,6 +66,7 @@ def test_each_completion_is_graded_with_its_own_prompts_columns(module, experien
     torch.testing.assert_close(rollouts.rewards, torch.arange(6.0).view(3, 2) / 10)
     assert rollouts.outcomes == [["correct", "error"], ["wrong", "correct"], ["error", "wrong"]]
     assert rollouts.texts == [TEXTS[:2], TEXTS[2:4], TEXTS[4:]]
+    assert rollouts.parts == [[{"number": i}, {"number": i + 1}] for i in (0, 2, 4)]
     assert rollouts.success.tolist() == [[True, False], [False, True], [False, False]]
     assert torch.equal(rollouts.completion_ids, sampled.ids)
     assert torch.equal(rollouts.completion_mask, sampled.mask)

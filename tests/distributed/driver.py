@@ -51,6 +51,9 @@ class Script(Station):
             alternating = torch.arange(batch.rollouts.num_generations) % 2
             rewards = {"C": 0.0 * alternating, "S": 0.0 * alternating + 1, "M": alternating}
             batch.rollouts.rewards = torch.stack([rewards[pattern[i]] for i in index])
+            batch.rollouts.outcomes = [
+                ["correct" if reward else "wrong" for reward in group] for group in batch.rollouts.rewards.tolist()
+            ]
         # Deviations of groups are then float64 too: in float32 they depend on how many groups a rank has.
         batch.rollouts.rewards = batch.rollouts.rewards.double()
 

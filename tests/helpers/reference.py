@@ -240,7 +240,7 @@ class Reference:
             for k, ids in enumerate(rollouts.ids[b]):
                 if rewards[b][k] is not None:
                     means.add("rollout/reward", rewards[b][k])
-                    means.add(f"rollout/reward/{source}", rewards[b][k])
+                    means.add(f"rollout_by_source/reward/{source}", rewards[b][k])
                 means.add("rollout/length", len(ids))
                 if not rollouts.truncated[b][k]:
                     means.add("rollout/terminated_length", len(ids))
@@ -254,11 +254,11 @@ class Reference:
         is_cliff = [all(r == 0 for r in group) for group in rewards]
         self._former_cliffs(prompts, is_cliff, rewards, means)
         for b in range(num):
-            for suffix in ("", f"/{prompts.source[b]}"):
-                means.add(f"cliff/fraction{suffix}", is_cliff[b])
-                means.add(f"cliff/mixed{suffix}", {0.0, 1.0} <= set(rewards[b]))
-                means.add(f"cliff/solved{suffix}", set(rewards[b]) == {1.0})
-                means.add(f"cliff/ungraded{suffix}", 1.0 not in rewards[b] and None in rewards[b])
+            for of, suffix in (("", ""), ("_by_source", f"/{prompts.source[b]}")):
+                means.add(f"cliff{of}/fraction{suffix}", is_cliff[b])
+                means.add(f"cliff{of}/mixed{suffix}", {0.0, 1.0} <= set(rewards[b]))
+                means.add(f"cliff{of}/solved{suffix}", set(rewards[b]) == {1.0})
+                means.add(f"cliff{of}/ungraded{suffix}", 1.0 not in rewards[b] and None in rewards[b])
 
         context_groups = self._refresh(prompts, is_cliff, rollouts, privileged, means, count)
         count("spent/completions", sum(map(len, rollouts.ids)) + (sum(map(len, privileged.ids)) if privileged else 0))
@@ -332,15 +332,15 @@ class Reference:
         now = []
         for b, row in enumerate(prompts.row.tolist()):
             former, success = self.visits.get(row), 1.0 in rewards[b]
-            for suffix in ("", f"/{prompts.source[b]}"):
-                means.add(f"cliff/seen_again{suffix}", former is not None)
+            for of, suffix in (("", ""), ("_by_source", f"/{prompts.source[b]}")):
+                means.add(f"cliff{of}/seen_again{suffix}", former is not None)
                 if former is None or (not success and None in rewards[b]):
                     continue
-                means.add(f"cliff/converted{suffix}", success)
+                means.add(f"cliff{of}/converted{suffix}", success)
                 if row in self.distilled_rows:
-                    means.add(f"cliff/converted_distilled{suffix}", success)
+                    means.add(f"cliff{of}/converted_distilled{suffix}", success)
                 if success and not any(solved for _, solved in former):
-                    means.add(f"cliff/steps_to_success{suffix}", self.num_steps - former[0][0])
+                    means.add(f"cliff{of}/steps_to_success{suffix}", self.num_steps - former[0][0])
             if former is not None or is_cliff[b]:
                 now.append((row, success))
         for row, success in now:
@@ -413,14 +413,14 @@ class Reference:
                 )
                 if kept and o.completions == "privileged":
                     self.buffer.append((index, prompts.prompt_ids[b], context, ids))
-                for suffix in ("", f"/{prompts.source[b]}"):
-                    count(f"privileged/kept{suffix}", kept)
-                    means.add(f"privileged/length{suffix}", len(ids))
-                    means.add(f"privileged/truncated{suffix}", truncated)
+                for of, suffix in (("", ""), ("_by_source", f"/{prompts.source[b]}")):
+                    count(f"privileged{of}/kept{suffix}", kept)
+                    means.add(f"privileged{of}/length{suffix}", len(ids))
+                    means.add(f"privileged{of}/truncated{suffix}", truncated)
                     if outcome in ("correct", "wrong", "no_answer"):
-                        means.add(f"privileged/pass_rate{suffix}", kept)
+                        means.add(f"privileged{of}/pass_rate{suffix}", kept)
                     if kept:
-                        means.add(f"privileged/copy_rate{suffix}", copied)
+                        means.add(f"privileged{of}/copy_rate{suffix}", copied)
         if samples and not chosen:
             count("privileged/kept", 0)
         if o.completions != "privileged":

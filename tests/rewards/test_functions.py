@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from hdpo.errors import ConfigError
 from hdpo.files import import_object
-from hdpo.rewards import FunctionVerifier, Grade, Outcome, Verifier
+from hdpo.rewards import FunctionVerifier, Grade, MathVerifier, Outcome, Verifier
 from tests.rewards.helpers import boxed, outcomes
 
 MODULE = "my_rewards"
@@ -67,6 +67,85 @@ def test_the_reward_is_the_weighted_sum_and_success_one_threshold():
     assert grade(threshold=0.7, weights={"five": 0.0})[0] == [0.1, 0.1, 0.7, 0.7]
 
 
+class Hesitant(Verifier):
+    """Says what the completion names, with the reward that stands beside it, and notes when it starts and ends."""
+
+    def __init__(self, log=None):
+        self.log = log if log is not None else []
+
+    def grade(self, completions, references, **columns):
+        return [Grade(Outcome(name), float(reward), "why") for name, reward in map(str.split, completions)]
+
+    def usable(self, references, **columns):
+        return [reference != "odd" for reference in references]
+
+    def start(self):
+        self.log.append("start")
+
+    def close(self):
+        self.log.append("close")
+
+
+def test_a_verifier_is_one_of_the_rewards():
+    """By hand: 3 x the verifier's reward + 1/10 per character."""
+    members = {"length": lambda completions: [len(c) / 10 for c in completions], "judge": Hesitant()}
+    texts = ["correct 1", "wrong 0.25", "no_answer 0"]
+    options = {"success": "judge", "weights": {"judge": 3.0}, "in_process": True}
+    with FunctionVerifier(members, **options) as verifier:
+        grades = verifier.grade(texts, ["?"] * 3)
+    assert [grade.outcome.value for grade in grades] == ["correct", "wrong", "no_answer"]
+    assert [grade.reward for grade in grades] == pytest.approx([3.9, 1.75, 1.1])
+    assert [dict(grade.parts) for grade in grades] == [
+        {"length": 0.9, "judge": 1.0}, {"length": 1.0, "judge": 0.25}, {"length": 1.1, "judge": 0.0}
+    ]  # fmt: skip
+    assert grades[1].detail == "length 1, judge 0.25"
+    lower = FunctionVerifier(members, **(options | {"threshold": 0.25})).grade(texts, ["?"] * 3)
+    assert outcomes(lower) == ["correct", "correct", "no_answer"], "the threshold is on the named reward"
+    first = FunctionVerifier(members, in_process=True, threshold=1.0).grade(texts, ["?"] * 3)
+    assert outcomes(first) == ["wrong", "correct", "correct"], "the first decides"
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_where_a_member_has_no_verdict_there_is_none(in_process):
+    members = {"judge": Hesitant(), "obey": f"{MODULE}:obey"}
+    texts = ["error 1", "timeout 1", "invalid_reference 1", "correct 1"]
+    with FunctionVerifier(members, num_workers=1, in_process=in_process) as verifier:
+        grades = verifier.grade(texts, ["5"] * 4)
+    assert outcomes(grades) == ["error", "timeout", "invalid_reference", "correct"]
+    assert [grade.reward for grade in grades] == [0, 0, 0, 2], "1 of each"
+    assert grades[0] == Grade(Outcome.ERROR, 0.0, "judge: why")
+    members = {"bad": lambda completions: [None for _ in completions], "judge": Hesitant()}
+    (grade,) = FunctionVerifier(members, success="judge", in_process=True).grade(["correct 1"], ["5"])
+    assert grade == Grade(Outcome.ERROR, 0.0, "bad nan"), "although the one that decides about success is sure"
+
+
+def test_a_mathematical_verifier_beside_a_function_in_its_own_workers():
+    members = {"correct": MathVerifier(num_workers=1), "short": f"{MODULE}:short"}
+    with FunctionVerifier(members, weights={"short": 0.25}, num_workers=1) as verifier:
+        verifier.start()
+        pending = verifier.submit(boxed("0.5", "2", "x+x"), [r"\frac{1}{2}", "3", "2x"], limit=[20, 20, 1])
+        assert [(g.outcome.value, g.reward) for g in pending.result()] == [
+            ("correct", 1.25), ("wrong", 0.25), ("correct", 1.0)
+        ]  # fmt: skip
+        assert pending.done()
+        assert verifier.usable(["5", "what?", None], limit=[1, 1, 1]) == [True, False, False]
+        assert verifier.usable(["5", "5"], limit=[None, 1]) == [False, True]
+        with copy.deepcopy(verifier) as other:
+            assert outcomes(other.grade(boxed("5"), ["5"], limit=[1])) == ["correct"]
+        assert verifier.identity() == copy.deepcopy(verifier).identity()
+    nemo = FunctionVerifier(members | {"correct": MathVerifier("nemo")}, weights={"short": 0.25}, num_workers=1)
+    assert verifier.identity() != nemo.identity(), "the data are prepared anew for another member"
+
+
+def test_members_start_and_end_with_the_whole():
+    members = {"judge": Hesitant(), "other": Hesitant()}
+    with FunctionVerifier(members) as verifier:
+        verifier.start()
+        assert outcomes(verifier.grade(["correct 1"], ["5"])) == ["correct"], "no function, and so no worker"
+        assert verifier.usable(["odd", "even"]) == [False, True]
+    assert [member.log for member in members.values()] == [["start", "close"]] * 2
+
+
 def test_what_is_no_reward_is_an_error_of_that_answer_alone():
     with FunctionVerifier(f"{MODULE}:obey", num_workers=2, timeout=1.0) as verifier:
         grades = verifier.grade(["5", "hang", "raise", "none", "nan", "short", "6"], ["5"] * 7)
@@ -108,6 +187,7 @@ def test_a_function_object_runs_in_workers_if_they_can_import_it():
         ({"function": f"{MODULE}:exact", "success": "fast"}, "verifier.success .* must be one of reward, got 'fast'"),
         ({"function": {"a": f"{MODULE}:exact"}, "weights": {"b": 1.0}}, "weights must be one of a, got 'b'"),
         ({"function": {}}, "must be one of , got ''"),
+        ({"function": "hdpo.rewards:MathVerifier"}, r"is no function: .* as {class_path: hdpo.rewards.*MathVerifier}"),
         ({"function": f"{MODULE}:exact", "timeout": 0}, "verifier.timeout must be a positive number, got 0"),
     ],
 )
@@ -165,9 +245,25 @@ def test_from_yaml(tmp_path):
     with parser.instantiate(parser.parse_args(["--config", str(tmp_path / "config.yaml")])).verifier as verifier:
         grades = verifier.grade(boxed("5", "6"), ["5", "5"], limit=[20, 20])
     assert grades == [
-        Grade(Outcome.CORRECT, 1.5, "correct 1, short 1"),
-        Grade(Outcome.WRONG, 0.5, "correct 0, short 1"),
+        Grade(Outcome.CORRECT, 1.5, "correct 1, short 1", {"correct": 1.0, "short": 1.0}),
+        Grade(Outcome.WRONG, 0.5, "correct 0, short 1", {"correct": 0.0, "short": 1.0}),
     ]
+    mixed = """
+        verifier:
+          class_path: hdpo.rewards.FunctionVerifier
+          init_args:
+            function:
+              correct: {class_path: hdpo.rewards.MathVerifier, init_args: {num_workers: 1, profile: nemo}}
+              short: my_rewards:short
+    """
+    (tmp_path / "mixed.yaml").write_text(textwrap.dedent(mixed))
+    config = parser.parse_args(["--config", str(tmp_path / "mixed.yaml")])
+    (tmp_path / "again.yaml").write_text(parser.dump(config))
+    assert parser.parse_args(["--config", str(tmp_path / "again.yaml")]).verifier == config.verifier, "for a resume"
+    verifier = parser.instantiate(config).verifier
+    assert list(verifier.function) == ["correct", "short"]
+    assert (type(verifier.verifiers["correct"]), verifier.verifiers["correct"].profile) == (MathVerifier, "nemo")
+    assert verifier.functions == {"short": "my_rewards:short"}
     arguments = ["--verifier=FunctionVerifier", f"--verifier.function={MODULE}:exact", "--verifier.timeout=2"]
     verifier = parser.instantiate(parser.parse_args(arguments)).verifier
     assert (verifier.functions, verifier.timeout) == ({"reward": f"{MODULE}:exact"}, 2.0)

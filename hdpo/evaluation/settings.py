@@ -1,0 +1,79 @@
+"""What a run of a Python program was configured with, in the form of the command line's ``config.yaml``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hdpo.files import write_text
+
+__all__ = ["described", "write_config"]
+
+_HEADER = (
+    "# Of a Python program: what its objects were given, as far as they keep it. For `report`, not for --config.\n"
+)
+_TRAINER = ("max_steps", "val_check_interval", "precision", "num_devices", "num_nodes")
+
+
+def described(value: Any) -> Any:
+    """Return a value as plain YAML: an object by its class and the arguments that it keeps under their names.
+
+    Example:
+        >>> from hdpo.losses import ForwardKL, GeneralizedJSD
+        >>> described({"ks": (1, 4), "kl": ForwardKL(), "f": len})
+        {'ks': [1, 4], 'kl': {'class_path': 'hdpo.losses.divergence.ForwardKL', 'init_args': {}}, 'f': 'builtins.len'}
+        >>> described(GeneralizedJSD(0.25))["init_args"]
+        {'teacher_weight': 0.25}
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): described(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(inner) for inner in value]
+    if inspect.isroutine(value) or isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    try:
+        return {"class_path": described(type(value)), "init_args": arguments(value)}
+    except ValueError:  # a type without a signature, such as a number of numpy's
+        return str(value)
+
+
+def arguments(value: Any) -> dict[str, Any]:
+    """Return the arguments of an object's constructor that it keeps under their names, as plain YAML."""
+    kept = vars(value) if hasattr(value, "__dict__") else {}
+    return {name: described(kept[name]) for name in inspect.signature(type(value)).parameters if name in kept}
+
+
+def write_config(folder: Path, trainer: Any, module: Any) -> None:
+    """Write ``config.yaml`` into the run's folder, unless there is one, as the command line's.
+
+    Args:
+        folder: the run's.
+        trainer: with the data module and, in ``fit``, the optimizer.
+        module: the LightningModule.
+    """
+    path = folder / "config.yaml"
+    if path.exists():
+        return
+    model = arguments(module) | {"policy": arguments(module.policy_config)}
+    if trainer.optimizers:
+        (optimizer, *_) = trainer.optimizers
+        model["optimizer"] = {"class_path": described(type(optimizer)), "init_args": described(optimizer.defaults)}
+    sections = {name: model.pop(name)["init_args"] for name in ("rollouts", "cliffs", "distillation")}
+    data = trainer.datamodule
+    sources = {} if data is None else {wanted.name: arguments(wanted.source) for wanted in data.sets}
+    config = {
+        "seed_everything": model.pop("seed"),
+        "model": model,
+        **sections,
+        "data": ({} if data is None else arguments(data)) | {"sources": sources},
+        "trainer": {name: described(getattr(trainer, name)) for name in _TRAINER},
+    }
+    plain = json.loads(json.dumps(config))  # a number of numpy's is a float, but none to YAML
+    write_text(path, _HEADER + yaml.safe_dump(plain, sort_keys=False))
