@@ -20,6 +20,7 @@ MODULE = "my_rewards"
 
 @pytest.fixture(autouse=True)
 def module(monkeypatch):
+    sys.modules.pop(MODULE, None)  # the README's files have one of that name
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     yield
     sys.modules.pop(MODULE, None)
