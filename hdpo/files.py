@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from hdpo.errors import ConfigError
 
-__all__ = ["find_config", "import_object", "resolve_path", "run_folder", "whole_file", "write_text"]
+__all__ = ["find_config", "import_object", "resolve_path", "run_folder", "whole_file", "whole_folder", "write_text"]
 
 _PACKAGE = "pkg://"
 
@@ -89,6 +91,42 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Let the files of a folder appear whole or not at all, as :func:`whole_file`; what else is in it stays.
+
+    Args:
+        folder: created where it is missing.
+
+    Yields:
+        An empty folder beside it to write to.
+
+    Raises:
+        OSError: what the system says, also where a library (safetensors) has an error of its own for it.
+    """
+    folder = Path(folder)
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        for path in files:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        for path in files:
+            place = folder / path.relative_to(partial)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

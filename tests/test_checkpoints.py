@@ -3,9 +3,7 @@
 import os
 import pickle
 import random
-import resource
 import shutil
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from hdpo import checkpoints as module
 from hdpo.checkpoints import check_state, read_header, save_checkpoint, saved_checkpoints
 from hdpo.errors import ConfigError, TrainingStopped
+from tests.helpers.small_disk import small_disk
 
 CALLS = [(os, "replace"), (os, "symlink"), (os, "unlink"), (os, "rename"), (os, "fsync"), (module.shutil, "rmtree")]
 
@@ -138,7 +137,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, where):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
-    """A limit on the size of files stands for the full disk: the write fails in the middle."""
+    """The write fails in the middle."""
     write(tmp_path, 4)
 
     class Large(Trainer):
@@ -147,15 +146,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 
     trainer = Large()
     trainer.global_step = 8
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        with pytest.raises(TrainingStopped, match=r"the checkpoint of step 8 cannot be written to .*; the last good"):
-            save_checkpoint(trainer, tmp_path, "last", num_kept=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with (
+        small_disk(1 << 20),
+        pytest.raises(TrainingStopped, match=r"the checkpoint of step 8 cannot be written to .*; the last good"),
+    ):
+        save_checkpoint(trainer, tmp_path, "last", num_kept=2)
     assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt", "last-000004.ckpt"}
 
 

@@ -115,12 +115,14 @@ class LastCheckpoint(_RunCheckpoint):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Keep the state of a run that breaks off, where it is one that training can go on from.
 
-        Not in the middle of an update, nor where training stopped itself, nor where one of several ranks may be alone
-        with its error: writing a checkpoint takes all of them, and waiting for the others it would hang.
+        Not before training begins, nor in the middle of an update, nor where training stopped itself, nor where one of
+        several ranks may be alone with its error: writing a checkpoint takes all of them, and waiting for the others it
+        would hang.
         """
         alone = trainer.world_size == 1 or isinstance(exception, StopRequested)
         spoilt = isinstance(exception, ConfigError | TrainingStopped) or pl_module.is_updating
-        if trainer.state.fn == TrainerFn.FITTING and alone and not spoilt:
+        begun = trainer.state.fn == TrainerFn.FITTING and self._saved_step is not None
+        if begun and alone and not spoilt:
             self._save(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

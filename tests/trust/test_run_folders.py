@@ -150,13 +150,15 @@ def test_precisions_that_lose_updates_are_refused(workplace, capsys, precision):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("when", ["before training", "in a step"])
+@pytest.mark.parametrize("when", ["in the imports", "before training", "in a step"])
 def test_asked_to_end_is_status_75(workplace, capsys, monkeypatch, name, when):  # noqa: F811
     def ask(*_):
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep(0.2)
 
     target = "hdpo.data.datamodule.OpenMathDataModule.setup"
+    if when == "in the imports":
+        target = "hdpo.cli.importlib.import_module"
     if when == "in a step":
         target = "hdpo.callbacks.cliffs.CliffDetection.on_train_batch_start"
     original = __import__("pydoc").locate(target)
@@ -203,6 +205,26 @@ def test_a_full_disk_is_one_line_and_status_3(workplace, capsys, monkeypatch):  
     monkeypatch.chdir(workplace)
     assert fit("--trainer.max_steps=3", "--resume=auto") == 0
     assert len(list((run_folder(workplace) / "evaluations").iterdir())) == 4
+
+
+def test_before_the_first_step_there_is_nothing_to_save(workplace, capsys, monkeypatch):  # noqa: F811
+    """A disk that is full when config.yaml is written, and a run that is asked to end while it loads."""
+    from hdpo.commands import run
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "config.yaml")
+
+    monkeypatch.setattr(run.SavedConfig, "save_config", full)
+    assert fit("--trainer.max_steps=3") == 3
+    assert "No space left on device: 'config.yaml'; free space" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert fit("--trainer.max_steps=1") == 0
+    before = checkpoints(run_folder(workplace, 1))
+    monkeypatch.setattr("hdpo.data.OpenMathDataModule.load_state_dict", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert fit("--trainer.max_steps=2", f"--ckpt_path={run_folder(workplace, 1)}/checkpoints/last.ckpt") == 75
+    assert checkpoints(run_folder(workplace, 1)) == before
+    assert not list(workplace.rglob("last-000000*"))
 
 
 def test_the_configuration_of_a_continued_run_is_that_of_the_command(workplace):  # noqa: F811
