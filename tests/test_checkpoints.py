@@ -11,7 +11,9 @@ import torch
 
 from hdpo import checkpoints as module
 from hdpo.checkpoints import check_state, read_header, save_checkpoint, saved_checkpoints
+from hdpo.commands.export import export_checkpoint
 from hdpo.errors import ConfigError, TrainingStopped
+from hdpo.policy import PolicyConfig
 from tests.helpers.small_disk import small_disk
 
 CALLS = [(os, "replace"), (os, "symlink"), (os, "unlink"), (os, "rename"), (os, "fsync"), (module.shutil, "rmtree")]
@@ -239,6 +241,25 @@ def test_folders_with_missing_or_cut_off_parts(tmp_path):
             (broken / name).write_bytes(data[: len(data) // 2]) if cut else (broken / name).unlink()
             with pytest.raises(ConfigError, match=r"--ckpt_path: .* is not a checkpoint, or it is cut off or broken"):
                 read_header("--ckpt_path", broken)
+
+
+@pytest.mark.parametrize("where", ["index", "values"])
+def test_a_pickle_in_a_folder_runs_no_code(tmp_path, monkeypatch, where):
+    import torch.distributed.checkpoint as dcp
+
+    monkeypatch.chdir(tmp_path)
+    folder, evil = tmp_path / "x.ckpt", Evil() if where == "values" else 0.1
+    content = {"state_dict": {"policy.w": torch.zeros(3, 2)}, "optimizer_0": {"lr": evil}}
+    dcp.save(content, storage_writer=dcp.FileSystemWriter(folder))
+    torch.save({"global_step": 5}, folder / "meta.pt")
+    if where == "index":
+        assert read_header("--ckpt_path", folder) == (5, {"policy.w": (3, 2)})
+        (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ConfigError, match=r"^--ckpt_path: \S+ is not a checkpoint, or it is cut off or broken \(.*\)$"):
+        read_header("--ckpt_path", folder)
+    with pytest.raises(ConfigError, match="cut off or broken"):
+        export_checkpoint(PolicyConfig("pkg://hdpo.lab/policy"), folder, tmp_path / "out")
+    assert not (tmp_path / "run-by-a-pickle").exists()
 
 
 # ---------------------------------------------------------------------- whose it is
