@@ -42,7 +42,8 @@ class LastCheckpoint(_RunCheckpoint):
 
     It is written at each interval, after the last step, and when a run of one process breaks off between two updates.
     A run that is asked to end (SIGTERM or SIGINT, to any of its processes) finishes its step on all of them, saves and
-    ends with status 75. After an error in one of several processes what stays is the checkpoint of the last interval.
+    ends with status 75; a second SIGINT ends it at once. After an error in one of several processes what stays is the
+    checkpoint of the last interval.
 
     Args:
         every_n_steps: interval in optimizer steps.
@@ -56,11 +57,12 @@ class LastCheckpoint(_RunCheckpoint):
         self._saved_step: int | None = None
         self._asked_to_end: str | None = None
         self._listening = False
+        self._at_once = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Start anew: a callback may serve several fits."""
         super().setup(trainer, pl_module, stage)
-        self._saved_step, self._asked_to_end, self._listening = None, None, False
+        self._saved_step, self._asked_to_end, self._listening, self._at_once = None, None, False, False
 
     # ------------------------------------------------------------------ asked to end
 
@@ -84,7 +86,8 @@ class LastCheckpoint(_RunCheckpoint):
 
     def _take_note(self, number: int, frame: object) -> None:
         if self._asked_to_end and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second time: at once
+            self._at_once = True
+            raise StopRequested("SIGINT twice")
         self._asked_to_end = signal.Signals(number).name
         print(f"{self._asked_to_end}: the run saves and ends after this step or batch", flush=True)
 
@@ -119,7 +122,7 @@ class LastCheckpoint(_RunCheckpoint):
         several ranks may be alone with its error: writing a checkpoint takes all of them, and waiting for the others it
         would hang.
         """
-        alone = trainer.world_size == 1 or isinstance(exception, StopRequested)
+        alone = trainer.world_size == 1 or (isinstance(exception, StopRequested) and not self._at_once)
         spoilt = isinstance(exception, ConfigError | TrainingStopped) or pl_module.is_updating
         begun = trainer.state.fn == TrainerFn.FITTING and self._saved_step is not None
         if begun and alone and not spoilt:

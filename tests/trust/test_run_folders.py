@@ -176,6 +176,26 @@ def test_asked_to_end_is_status_75(workplace, capsys, monkeypatch, name, when): 
     assert threading.active_count() < 50
 
 
+def test_asked_twice_it_ends_at_once_and_goes_on_from_the_last_checkpoint(workplace, capsys, monkeypatch):  # noqa: F811
+    from hdpo.losses import update
+
+    def ask(*_):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    def never(*_):
+        raise AssertionError("the step has ended")
+
+    monkeypatch.setattr(update, "_clip", lambda *a: ask() or never())
+    assert fit("--trainer.max_steps=3") == 75
+    assert "hdpo: ended (SIGINT twice); fit goes on with --resume auto" in capsys.readouterr().err
+    assert checkpoints(run_folder(workplace)) == [], "nothing is saved in the middle of an update"
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert fit("--trainer.max_steps=1", "--resume=auto") == 0
+
+
 def test_training_that_stops_itself_is_status_3(workplace, capsys, monkeypatch):  # noqa: F811
     def stop(*args, **kwargs):
         raise TrainingStopped("the reason")
