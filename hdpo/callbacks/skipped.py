@@ -41,8 +41,8 @@ class SkippedSteps(Callback):
         if self.num_in_a_row >= most:
             raise TrainingStopped(
                 f"loss or gradient norm was not finite in {most} steps in a row, up to step {step}; no weight was "
-                f"changed by what is not finite, and their batches are in {path.parent}: lower the learning rate and start "
-                "anew, from the policy that `export` makes of last.ckpt if you like"
+                f"changed by what is not finite, and their batches are in {path.parent}: lower the learning rate and "
+                "start anew, from the policy that `export` makes of last.ckpt if you like"
             )
         rank_zero_warn(f"step {step} is skipped: loss or gradient norm is not finite (its batch: {path})")
 
