@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from hdpo.distributed import all_max
 from hdpo.errors import ConfigError, TrainingStopped, first_line
+from hdpo.files import flush
 
 __all__ = ["CheckpointHeader", "all_finite", "check_state", "read_header", "save_checkpoint", "saved_checkpoints"]
 
@@ -142,7 +143,7 @@ def _free_path(folder: Path, name: str, step: int) -> Path:
 
 def _put_in_place(partial: Path, path: Path, link: Path) -> None:
     for written in (partial, *partial.rglob("*")) if partial.is_dir() else (partial,):
-        _flush(written)
+        flush(written)
     os.rename(partial, path)
     new = link.with_name(f".{link.name}.link")
     _remove(new)
@@ -150,16 +151,7 @@ def _put_in_place(partial: Path, path: Path, link: Path) -> None:
     if link.is_dir() and not link.is_symlink():  # a copy that somebody made; no system call replaces it by a link
         _remove(link)
     os.replace(new, link)
-    _flush(link.parent)
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file's content, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(link.parent)
 
 
 # ---------------------------------------------------------------------- reading

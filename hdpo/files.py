@@ -14,7 +14,16 @@ from typing import Any
 
 from hdpo.errors import ConfigError
 
-__all__ = ["find_config", "import_object", "resolve_path", "run_folder", "whole_file", "whole_folder", "write_text"]
+__all__ = [
+    "find_config",
+    "flush",
+    "import_object",
+    "resolve_path",
+    "run_folder",
+    "whole_file",
+    "whole_folder",
+    "write_text",
+]
 
 _PACKAGE = "pkg://"
 
@@ -71,6 +80,15 @@ def run_folder(trainer: Any) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def flush(path: Path) -> None:
+    """Make sure that a file's content, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Let a file appear under ``path`` whole or not at all, also if the process is killed or the disk fills up.
@@ -86,8 +104,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -114,8 +131,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         yield partial
         files = [path for path in partial.rglob("*") if path.is_file()]
         for path in files:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(path)
         for path in files:
             place = folder / path.relative_to(partial)
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,16 @@ def test_the_files_of_a_folder_appear_together_beside_what_is_there(tmp_path):
     assert list(folder.parent.iterdir()) == [folder]
 
 
+def test_a_folders_files_are_on_disk_before_they_take_their_places(tmp_path, monkeypatch):
+    calls, synced, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync") or synced(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    with whole_folder(tmp_path / "policy") as partial:
+        (partial / "config").touch()
+        (partial / "weights").touch()
+    assert calls == ["fsync", "fsync", "replace", "replace"]
+
+
 @pytest.mark.parametrize("error", [
     OSError(28, "No space left on device"),
     RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
