@@ -1,6 +1,7 @@
 """A step that is not finite is not taken, wherever it became so, and nothing that is not finite is saved."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
 from hdpo.callbacks import BestCheckpoint, LastCheckpoint, PolicyExport, Station
+from hdpo.callbacks.skipped import SkippedSteps
 from hdpo.errors import TrainingStopped
 from hdpo.experience import Experience
 from hdpo.generation import TransformersEngine
 from hdpo.losses import JSD, ClippedPolicyLoss
 from hdpo.optim import LinearWarmup
 from tests.helpers import toy
+from tests.helpers.small_disk import small_disk
 
 BAD = 1
 """The step in which something is not finite."""
@@ -255,6 +258,16 @@ def test_several_updates_under_autocast_read_the_weights_of_the_one_before(tmp_p
 
 
 CACHED: dict[bool, torch.Tensor] = {}
+
+
+def test_a_full_disk_is_what_the_system_says(tmp_path):
+    """A line of the program makes of it; PyTorch's own error would be a traceback."""
+    batch = SimpleNamespace(metrics={"optim/skipped": 1.0}, as_plain_data=lambda: {"x": torch.zeros(100_000)})
+    fitter = SimpleNamespace(log_dir=None, default_root_dir=tmp_path, global_rank=0, global_step=3)
+    module = SimpleNamespace(update=SimpleNamespace(max_skipped_steps=3))
+    with small_disk(10_000), pytest.raises(OSError, match="File too large"):
+        SkippedSteps().on_train_batch_end(fitter, module, None, batch, 0)
+    assert not list((tmp_path / "skipped").iterdir())
 
 
 def test_plain_data_holds_every_field_and_no_class_of_ours(tmp_path):
