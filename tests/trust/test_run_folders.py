@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import yaml
 from hdpo.cli import main
 from hdpo.commands.run_folder import RunFolder
 from hdpo.errors import ConfigError, TrainingStopped
+from hdpo.trainer import check_trainer
 from tests.test_cli import lab, refused, run_folder, workplace  # noqa: F401 - a fixture
 
 FEW = ["--trainer.val_check_interval=1", "--checkpoint.every_n_steps=1", "--data.selection.num_test_problems=0"]
@@ -147,6 +149,14 @@ def test_a_folder_in_which_nothing_was_written_is_removed(workplace, capsys):  #
 def test_precisions_that_lose_updates_are_refused(workplace, capsys, precision):  # noqa: F811
     line = refused(capsys, lab("fit", f"--trainer.precision={precision}"))
     assert f"trainer.precision must be one of 32-true, bf16-mixed, 64-true, got {precision}" in line
+
+
+def test_scaled_gradients_are_refused_where_there_are_any():
+    """On a GPU: 16-mixed clips gradients while they are scaled."""
+    with pytest.raises(
+        ConfigError, match=r"^trainer.precision must be one of 32-true, bf16-mixed, 64-true, got 16-mixed"
+    ):
+        check_trainer(SimpleNamespace(precision="16-mixed"))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
