@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
@@ -94,6 +94,7 @@ class LastCheckpoint(_RunCheckpoint):
     def _end_if_asked(self, module: Any) -> None:
         """End on all ranks if any was asked to."""
         if self._listening and all_max([self._asked_to_end is not None], module.device)[0]:
+            _expect_all_to_end()
             raise StopRequested(self._asked_to_end or "another process was asked to end")
 
     def on_validation_batch_end(
@@ -124,6 +125,8 @@ class LastCheckpoint(_RunCheckpoint):
         """
         alone = trainer.world_size == 1 or (isinstance(exception, StopRequested) and not self._at_once)
         spoilt = isinstance(exception, ConfigError | TrainingStopped) or pl_module.is_updating
+        if isinstance(exception, TrainingStopped):
+            _expect_all_to_end()
         begun = trainer.state.fn == TrainerFn.FITTING and self._saved_step is not None
         if begun and alone and not spoilt:
             self._save(trainer)
@@ -131,6 +134,17 @@ class LastCheckpoint(_RunCheckpoint):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep the last step too, however the run ended."""
         self._save(trainer)
+
+
+def _expect_all_to_end() -> None:
+    """Let this process end with a status of its own.
+
+    Where Lightning has started the others, a thread of its looks every few seconds for one that has ended with a status
+    other than 0, and then kills this process, though all of them are about to end in the same way.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            cast(Any, thread)._child_processes = []
 
 
 class BestCheckpoint(_RunCheckpoint):

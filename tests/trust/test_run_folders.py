@@ -159,6 +159,20 @@ def test_scaled_gradients_are_refused_where_there_are_any():
         check_trainer(SimpleNamespace(precision="16-mixed"))
 
 
+@pytest.fixture
+def heard():
+    """A signal for which the program has no handler fails the test, and does not end it."""
+
+    def unheard(number, frame):
+        raise AssertionError(f"nobody has heard {signal.Signals(number).name}")
+
+    before = {number: signal.signal(number, unheard) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("when", ["in the imports", "before training", "in a step"])
 def test_asked_to_end_is_status_75(workplace, capsys, monkeypatch, name, when):  # noqa: F811
