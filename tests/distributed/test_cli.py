@@ -81,7 +81,7 @@ class AskedToEnd(Callback):
         if trainer.global_step == 1 and trainer.is_global_zero and not self.flag.exists():
             self.flag.touch()
             os.kill(os.getpid(), signal.SIGTERM)
-            # As a logger that uploads; Lightning looks every five seconds whether a process that it has started is gone.
+            # As a logger that uploads; Lightning looks every five seconds whether a process that it started is gone.
             atexit.register(time.sleep, 12)
 
 
