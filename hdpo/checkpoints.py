@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import re
 import shutil
 import zipfile
@@ -18,6 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from hdpo.distributed import all_max
 from hdpo.errors import ConfigError, TrainingStopped, first_line
+from hdpo.files import flush
 
 __all__ = ["CheckpointHeader", "all_finite", "check_state", "read_header", "save_checkpoint", "saved_checkpoints"]
 
@@ -140,7 +143,7 @@ def _free_path(folder: Path, name: str, step: int) -> Path:
 
 def _put_in_place(partial: Path, path: Path, link: Path) -> None:
     for written in (partial, *partial.rglob("*")) if partial.is_dir() else (partial,):
-        _flush(written)
+        flush(written)
     os.rename(partial, path)
     new = link.with_name(f".{link.name}.link")
     _remove(new)
@@ -148,16 +151,7 @@ def _put_in_place(partial: Path, path: Path, link: Path) -> None:
     if link.is_dir() and not link.is_symlink():  # a copy that somebody made; no system call replaces it by a link
         _remove(link)
     os.replace(new, link)
-    _flush(link.parent)
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file's content, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(link.parent)
 
 
 # ---------------------------------------------------------------------- reading
@@ -251,17 +245,42 @@ def _file_header(path: Path) -> tuple[int, dict[str, tuple[int, ...]]]:
     return content["global_step"], shapes
 
 
-def _folder_header(path: Path) -> tuple[int, dict[str, tuple[int, ...]]]:
-    from torch.distributed.checkpoint import FileSystemReader
+#: What the index of an FSDP2 checkpoint, a pickle, is made of. PyTorch would run whatever else stands in it.
+_INDEX_NAMES = {
+    "torch.distributed.checkpoint.metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+    "collections": ("OrderedDict",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),
+}
 
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _INDEX_NAMES.get(module, ()):
+            raise pickle.UnpicklingError(f"its {_INDEX} names {module}.{name}, which has no place there")
+        return super().find_class(module, name)
+
+
+def _folder_header(path: Path) -> tuple[int, dict[str, tuple[int, ...]]]:
     for name in (_META, _INDEX):
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
-    index = FileSystemReader(path).read_metadata()
-    for info in (index.storage_data or {}).values():
+    with (path / _INDEX).open("rb") as file:
+        index = _IndexUnpickler(file).load()
+    for item, info in (index.storage_data or {}).items():
         part = path / info.relative_path
         if not part.is_file() or part.stat().st_size < info.offset + info.length:
             raise ValueError(f"{info.relative_path} is missing or cut off")
+        if not hasattr(index.state_dict_metadata[item.fqn], "size"):  # no tensor: PyTorch will unpickle it unchecked
+            with part.open("rb") as file:
+                file.seek(info.offset)
+                torch.load(io.BytesIO(file.read(info.length)), map_location="meta", weights_only=True)
     content = torch.load(path / _META, map_location="meta", weights_only=True)
     shapes = {
         name.removeprefix("state_dict."): tuple(item.size)

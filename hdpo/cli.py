@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NoReturn
 
-from hdpo.errors import ConfigError, did_you_mean
+from hdpo.errors import ConfigError, StopRequested, did_you_mean
 
 __all__ = ["main"]
 
@@ -66,11 +70,33 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[0] not in _MODULES:
             nearest = did_you_mean(args[0], _MODULES)
             raise ConfigError(f"there is no command {args[0]!r}; choose one of {', '.join(_MODULES)}{nearest}")
-        command = importlib.import_module(_MODULES[args[0]])
-        status: int = command.main(args if command.__name__ == "hdpo.commands.run" else args[1:])
+        runs = _MODULES[args[0]] == "hdpo.commands.run"
+        with _ending_at_once() if runs else nullcontext():  # from here on: the imports alone take seconds
+            status: int = importlib.import_module(_MODULES[args[0]]).main(args if runs else args[1:])
     except ConfigError as error:
         if os.environ.get("HDPO_TRACEBACK") == "1":
             raise
         print(f"hdpo: error: {error}", file=sys.stderr)
         return 2
+    except StopRequested as stop:
+        print(f"hdpo: ended ({stop.reason}); fit goes on with --resume auto", file=sys.stderr)
+        return 75
     return status
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """End on SIGTERM and SIGINT alike while there is nothing to save; training has a handler of its own."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise StopRequested(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

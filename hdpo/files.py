@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,16 @@ from typing import Any
 
 from hdpo.errors import ConfigError
 
-__all__ = ["find_config", "import_object", "resolve_path", "run_folder", "whole_file", "write_text"]
+__all__ = [
+    "find_config",
+    "flush",
+    "import_object",
+    "resolve_path",
+    "run_folder",
+    "whole_file",
+    "whole_folder",
+    "write_text",
+]
 
 _PACKAGE = "pkg://"
 
@@ -69,6 +80,15 @@ def run_folder(trainer: Any) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def flush(path: Path) -> None:
+    """Make sure that a file's content, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Let a file appear under ``path`` whole or not at all, also if the process is killed or the disk fills up.
@@ -84,11 +104,45 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Let the files of a folder appear whole or not at all, as :func:`whole_file`; what else is in it stays.
+
+    Args:
+        folder: created where it is missing.
+
+    Yields:
+        An empty folder beside it to write to.
+
+    Raises:
+        OSError: what the system says, also where a library (safetensors) has an error of its own for it.
+    """
+    folder = Path(folder)
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        for path in files:
+            flush(path)
+        for path in files:
+            place = folder / path.relative_to(partial)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,9 +3,7 @@
 import os
 import pickle
 import random
-import resource
 import shutil
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +11,10 @@ import torch
 
 from hdpo import checkpoints as module
 from hdpo.checkpoints import check_state, read_header, save_checkpoint, saved_checkpoints
+from hdpo.commands.export import export_checkpoint
 from hdpo.errors import ConfigError, TrainingStopped
+from hdpo.policy import PolicyConfig
+from tests.helpers.small_disk import small_disk
 
 CALLS = [(os, "replace"), (os, "symlink"), (os, "unlink"), (os, "rename"), (os, "fsync"), (module.shutil, "rmtree")]
 
@@ -138,7 +139,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, where):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
-    """A limit on the size of files stands for the full disk: the write fails in the middle."""
+    """The write fails in the middle."""
     write(tmp_path, 4)
 
     class Large(Trainer):
@@ -147,15 +148,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 
     trainer = Large()
     trainer.global_step = 8
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        with pytest.raises(TrainingStopped, match=r"the checkpoint of step 8 cannot be written to .*; the last good"):
-            save_checkpoint(trainer, tmp_path, "last", num_kept=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with (
+        small_disk(1 << 20),
+        pytest.raises(TrainingStopped, match=r"the checkpoint of step 8 cannot be written to .*; the last good"),
+    ):
+        save_checkpoint(trainer, tmp_path, "last", num_kept=2)
     assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt", "last-000004.ckpt"}
 
 
@@ -244,6 +241,25 @@ def test_folders_with_missing_or_cut_off_parts(tmp_path):
             (broken / name).write_bytes(data[: len(data) // 2]) if cut else (broken / name).unlink()
             with pytest.raises(ConfigError, match=r"--ckpt_path: .* is not a checkpoint, or it is cut off or broken"):
                 read_header("--ckpt_path", broken)
+
+
+@pytest.mark.parametrize("where", ["index", "values"])
+def test_a_pickle_in_a_folder_runs_no_code(tmp_path, monkeypatch, where):
+    import torch.distributed.checkpoint as dcp
+
+    monkeypatch.chdir(tmp_path)
+    folder, evil = tmp_path / "x.ckpt", Evil() if where == "values" else 0.1
+    content = {"state_dict": {"policy.w": torch.zeros(3, 2)}, "optimizer_0": {"lr": evil}}
+    dcp.save(content, storage_writer=dcp.FileSystemWriter(folder))
+    torch.save({"global_step": 5}, folder / "meta.pt")
+    if where == "index":
+        assert read_header("--ckpt_path", folder) == (5, {"policy.w": (3, 2)})
+        (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ConfigError, match=r"^--ckpt_path: \S+ is not a checkpoint, or it is cut off or broken \(.*\)$"):
+        read_header("--ckpt_path", folder)
+    with pytest.raises(ConfigError, match="cut off or broken"):
+        export_checkpoint(PolicyConfig("pkg://hdpo.lab/policy"), folder, tmp_path / "out")
+    assert not (tmp_path / "run-by-a-pickle").exists()
 
 
 # ---------------------------------------------------------------------- whose it is

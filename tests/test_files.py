@@ -9,7 +9,7 @@ import pytest
 
 import hdpo
 from hdpo.errors import ConfigError
-from hdpo.files import find_config, import_object, resolve_path, run_folder, whole_file, write_text
+from hdpo.files import find_config, import_object, resolve_path, run_folder, whole_file, whole_folder, write_text
 
 SHIPPED = Path(hdpo.__file__).parent.parent / "configs"
 
@@ -53,6 +53,49 @@ def test_a_file_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     write_text(tmp_path / "file", "Größe: ≤ 3\n")
     assert calls == ["fsync", "replace"]
     assert (tmp_path / "file").read_bytes() == "Größe: ≤ 3\n".encode()
+
+
+def test_the_files_of_a_folder_appear_together_beside_what_is_there(tmp_path):
+    folder = tmp_path / "new" / "policy"
+    for content in ("one", "two"):
+        with whole_folder(folder) as partial:
+            (partial / "inner").mkdir()
+            (partial / "inner" / "weights").write_text(content)
+            assert not (folder / "inner" / "weights").exists() or content == "two"
+        assert (folder / "inner" / "weights").read_text() == content
+        (folder / "notes.txt").write_text("the user's")
+    assert sorted(p.name for p in folder.rglob("*")) == ["inner", "notes.txt", "weights"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folders_files_are_on_disk_before_they_take_their_places(tmp_path, monkeypatch):
+    calls, synced, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync") or synced(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    with whole_folder(tmp_path / "policy") as partial:
+        (partial / "config").touch()
+        (partial / "weights").touch()
+    assert calls == ["fsync", "fsync", "replace", "replace"]
+
+
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"),
+    RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_written_is_left_as_it_was(tmp_path, error):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "weights").write_text("before")
+
+    def fail():
+        with whole_folder(tmp_path / "policy") as partial:
+            (partial / "weights").write_text("half")
+            raise error
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        fail()
+    assert caught.value.errno == 28
+    assert (tmp_path / "policy" / "weights").read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
 
 
 def test_a_run_writes_into_its_loggers_folder(tmp_path):

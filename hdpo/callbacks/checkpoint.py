@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
@@ -42,7 +42,8 @@ class LastCheckpoint(_RunCheckpoint):
 
     It is written at each interval, after the last step, and when a run of one process breaks off between two updates.
     A run that is asked to end (SIGTERM or SIGINT, to any of its processes) finishes its step on all of them, saves and
-    ends with status 75. After an error in one of several processes what stays is the checkpoint of the last interval.
+    ends with status 75; a second SIGINT ends it at once. After an error in one of several processes what stays is the
+    checkpoint of the last interval.
 
     Args:
         every_n_steps: interval in optimizer steps.
@@ -56,11 +57,12 @@ class LastCheckpoint(_RunCheckpoint):
         self._saved_step: int | None = None
         self._asked_to_end: str | None = None
         self._listening = False
+        self._at_once = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Start anew: a callback may serve several fits."""
         super().setup(trainer, pl_module, stage)
-        self._saved_step, self._asked_to_end, self._listening = None, None, False
+        self._saved_step, self._asked_to_end, self._listening, self._at_once = None, None, False, False
 
     # ------------------------------------------------------------------ asked to end
 
@@ -84,13 +86,15 @@ class LastCheckpoint(_RunCheckpoint):
 
     def _take_note(self, number: int, frame: object) -> None:
         if self._asked_to_end and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second time: at once
+            self._at_once = True
+            raise StopRequested("SIGINT twice")
         self._asked_to_end = signal.Signals(number).name
         print(f"{self._asked_to_end}: the run saves and ends after this step or batch", flush=True)
 
     def _end_if_asked(self, module: Any) -> None:
         """End on all ranks if any was asked to."""
         if self._listening and all_max([self._asked_to_end is not None], module.device)[0]:
+            _expect_all_to_end()
             raise StopRequested(self._asked_to_end or "another process was asked to end")
 
     def on_validation_batch_end(
@@ -115,17 +119,32 @@ class LastCheckpoint(_RunCheckpoint):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Keep the state of a run that breaks off, where it is one that training can go on from.
 
-        Not in the middle of an update, nor where training stopped itself, nor where one of several ranks may be alone
-        with its error: writing a checkpoint takes all of them, and waiting for the others it would hang.
+        Not before training begins, nor in the middle of an update, nor where training stopped itself, nor where one of
+        several ranks may be alone with its error: writing a checkpoint takes all of them, and waiting for the others it
+        would hang.
         """
-        alone = trainer.world_size == 1 or isinstance(exception, StopRequested)
+        alone = trainer.world_size == 1 or (isinstance(exception, StopRequested) and not self._at_once)
         spoilt = isinstance(exception, ConfigError | TrainingStopped) or pl_module.is_updating
-        if trainer.state.fn == TrainerFn.FITTING and alone and not spoilt:
+        if isinstance(exception, TrainingStopped):
+            _expect_all_to_end()
+        begun = trainer.state.fn == TrainerFn.FITTING and self._saved_step is not None
+        if begun and alone and not spoilt:
             self._save(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep the last step too, however the run ended."""
         self._save(trainer)
+
+
+def _expect_all_to_end() -> None:
+    """Let this process end with a status of its own.
+
+    Where Lightning has started the others, a thread of its looks every few seconds for one that has ended with a status
+    other than 0, and then kills this process, though all of them are about to end in the same way.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            cast(Any, thread)._child_processes = []
 
 
 class BestCheckpoint(_RunCheckpoint):

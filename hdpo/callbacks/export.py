@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from hdpo.checkpoints import all_finite
 from hdpo.distributed import full_state_dict
-from hdpo.errors import TrainingStopped
+from hdpo.errors import TrainingStopped, first_line
 from hdpo.files import run_folder
 
 __all__ = ["PolicyExport"]
@@ -31,7 +31,7 @@ class PolicyExport(Callback):
         """Write the policy; every rank takes part, since it may be sharded.
 
         Raises:
-            TrainingStopped: a weight is not finite.
+            TrainingStopped: a weight is not finite, or the folder cannot be written.
         """
         if not self.enabled:
             return
@@ -40,5 +40,11 @@ class PolicyExport(Callback):
         if trainer.is_global_zero:
             if not all_finite(weights.values()):
                 raise TrainingStopped("the policy's weights are not finite, so it was not exported")
-            pl_module.student.save(folder, pl_module.tokenizer, weights)
+            try:
+                pl_module.student.save(folder, pl_module.tokenizer, weights)
+            except OSError as error:
+                raise TrainingStopped(
+                    f"the policy cannot be written to {folder} ({first_line(error)}); the last checkpoint holds it: "
+                    "free space and resume, or write it elsewhere with `python -m hdpo export`"
+                ) from error
             print(f"policy: {folder}")

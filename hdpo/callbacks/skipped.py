@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from hdpo.checkpoints import DirectIO
 from hdpo.errors import TrainingStopped
 from hdpo.experience import Experience
 from hdpo.files import run_folder, whole_file
@@ -29,6 +29,7 @@ class SkippedSteps(Callback):
 
         Raises:
             TrainingStopped: too many steps in a row were skipped.
+            OSError: the batch cannot be written.
         """
         if not batch.metrics["optim/skipped"]:
             self.num_in_a_row = 0
@@ -37,12 +38,12 @@ class SkippedSteps(Callback):
         step, most = trainer.global_step - 1, pl_module.update.max_skipped_steps
         path = run_folder(trainer) / "skipped" / f"step_{step:06d}.rank{trainer.global_rank}.pt"
         with whole_file(path) as partial:
-            torch.save(batch.as_plain_data(), partial)
+            DirectIO().save_checkpoint(batch.as_plain_data(), partial)
         if self.num_in_a_row >= most:
             raise TrainingStopped(
                 f"loss or gradient norm was not finite in {most} steps in a row, up to step {step}; no weight was "
-                f"changed in them, and their batches are in {path.parent}: lower the learning rate and start anew, "
-                "from the policy that `export` makes of last.ckpt if you like"
+                f"changed by what is not finite, and their batches are in {path.parent}: lower the learning rate and "
+                "start anew, from the policy that `export` makes of last.ckpt if you like"
             )
         rank_zero_warn(f"step {step} is skipped: loss or gradient norm is not finite (its batch: {path})")
 

@@ -11,7 +11,7 @@ import torch
 from hdpo.checkpoints import all_finite, read_header
 from hdpo.commands.parsing import config_file
 from hdpo.commands.suggestions import CommandParser
-from hdpo.errors import ConfigError
+from hdpo.errors import ConfigError, first_line
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
 from hdpo.policy.lora import LoRAConfig, is_adapter
 
@@ -40,7 +40,7 @@ def export_checkpoint(config: PolicyConfig, checkpoint: str | Path, out: str | P
 
     Raises:
         ConfigError: there is no such checkpoint, it holds no policy, or one of another architecture than ``config``
-            names.
+            names, or ``out`` cannot be written.
     """
     weights = _checkpoint_weights(Path(checkpoint))
     policy = Policy.load(config)
@@ -53,7 +53,12 @@ def export_checkpoint(config: PolicyConfig, checkpoint: str | Path, out: str | P
             f"--ckpt_path: the weights in {checkpoint} do not fit model.policy.path={config.path!r}; give the "
             "config.yaml of the run that wrote them"
         ) from error
-    policy.save(out, load_tokenizer(config))
+    try:
+        policy.save(out, load_tokenizer(config))
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {out} cannot be written ({first_line(error)}): free space, or give another folder"
+        ) from error
 
 
 def main(args: Sequence[str]) -> int:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import errno
 import io
 import logging
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 import yaml
 from lightning.fabric.utilities.rank_zero import _get_rank
@@ -45,7 +43,7 @@ from hdpo.commands.parsing import OneLineParser, find_cause, with_config_files
 from hdpo.commands.run_folder import RunFolder, find_run, is_finished, mark_finished
 from hdpo.data import OpenMathDataModule
 from hdpo.data.batches import check_batch
-from hdpo.errors import ConfigError, StopRequested, TrainingStopped, first_line
+from hdpo.errors import ConfigError, TrainingStopped, first_line
 from hdpo.evaluation.runs import flat_config
 from hdpo.module import HDPOModule
 from hdpo.trainer import check_strategy
@@ -266,33 +264,30 @@ def main(args: Sequence[str]) -> int:
         args: the command and its arguments.
 
     Returns:
-        The exit status: 0; 3 where training stopped itself; 75 where it was asked to end and can be resumed.
+        The exit status: 0; 3 where training stopped itself.
 
     Raises:
         ConfigError: a mistake of the user's.
+        StopRequested: it was asked to end, and can be resumed.
     """
     _quieten()
     keep_strings()
     try:
-        with _ending_at_once():
-            HDPOCLI(
-                HDPOModule,
-                OpenMathDataModule,
-                trainer_defaults=TRAINER_DEFAULTS,
-                seed_everything_default=42,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                save_config_callback=SavedConfig,
-                save_config_kwargs={"overwrite": True},
-                parser_class=OneLineParser,
-                parser_kwargs={"prog": "python -m hdpo", "description": "HDPO: see python -m hdpo --help"},
-                args=join_evaluation_sets(with_config_files(args)),
-            )
+        HDPOCLI(
+            HDPOModule,
+            OpenMathDataModule,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=SavedConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_class=OneLineParser,
+            parser_kwargs={"prog": "python -m hdpo", "description": "HDPO: see python -m hdpo --help"},
+            args=join_evaluation_sets(with_config_files(args)),
+        )
     except _NothingToDo as done:
         print(done)
-    except StopRequested as stop:
-        print(f"hdpo: ended ({stop.reason}); fit goes on with --resume auto", file=sys.stderr)
-        return 75
     except TrainingStopped as stop:
         print(f"hdpo: stopped: {stop}", file=sys.stderr)
         return 3
@@ -319,21 +314,3 @@ def read_config(args: Sequence[str]) -> dict[str, Any]:
             if exit_.code:
                 raise
     return {k: v for k, v in flat_config(yaml.safe_load(printed.getvalue())).items() if v is not None}
-
-
-@contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """End on SIGTERM and SIGINT alike while there is nothing to save; training has a handler of its own."""
-
-    def end(number: int, frame: object) -> NoReturn:
-        raise StopRequested(signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -112,8 +112,9 @@ class PreparedProblem(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """A row that was left out: its number in the source (from 1), a key of ``DROP_REASONS``, how the problem begins."""
+    """A row that was left out: its file, its number there (from 1), a key of ``DROP_REASONS``, how it begins."""
 
+    file: str
     row: int
     reason: str
     text: str
@@ -236,7 +237,7 @@ def prepare(
                 continue
             row, problem, digest, collector = candidate
             found: PreparedProblem | str = candidate.early_reason() or results.get(row) or render([candidate])[row]
-            result = Dropped(row + 1, found, problem.problem[:80]) if isinstance(found, str) else found
+            result = Dropped(*problem.place, found, problem.problem[:80]) if isinstance(found, str) else found
             collector.count(digest, result)
             yield collector, result
         on_progress()

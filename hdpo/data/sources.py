@@ -45,6 +45,7 @@ class Problem(NamedTuple):
 
     Attributes:
         extra: the columns of ``columns.extra`` by name.
+        place: its file (the path of a source that is none) and its row in it, from 1.
     """
 
     problem: str
@@ -53,6 +54,7 @@ class Problem(NamedTuple):
     source: str
     context: str = ""
     extra: Mapping[str, Any] = {}
+    place: tuple[str, int] = ("", 0)
 
 
 class Source:
@@ -96,6 +98,7 @@ class Source:
             self._text(row, "source") or self.config.source_name or re.split(r"[/:]", self.config.path.rstrip("/"))[-1],
             self._text(row, "context"),
             {name: self._plain(row, name) for name in columns.extra},
+            (row.file, row.number),
         )
 
     def _text(self, row: _Row, key: str) -> str:

@@ -42,7 +42,8 @@ class UpdateConfig:
         sync_every_micro_batch: average gradients over ranks in every micro-batch, not once per update. Under FSDP2 a
             rank then keeps its share of them instead of all, for more traffic: where memory binds.
         max_skipped_steps: training stops itself after as many steps in a row whose loss or gradient norm was not
-            finite. Such a step is skipped: weights, optimizer state, teacher and schedule stay as they are.
+            finite. Such a step is skipped: weights, optimizer state, teacher and schedule stay as they are (of several
+            updates per batch, those before it stand).
         log_gradient_norms: log the norms of the gradients of the policy losses and of the distillation apart, before
             clipping. It takes a copy of the gradient, and one more average over ranks.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hdpo.errors import ConfigError, first_line
 from hdpo.experience import Sequences
-from hdpo.files import resolve_path
+from hdpo.files import resolve_path, whole_folder
 from hdpo.functional.logprobs import selected_logps, topk_logits
 from hdpo.policy.architecture import check_architecture, compile_layers, is_compiled
 from hdpo.policy.attention import (
@@ -310,8 +310,7 @@ class Policy(nn.Module):
         logps = selected_logps(
             hidden, weight, bias, wanted, temperature=temperature, chunk_elements=self.chunk_elements
         )
-        # A copy, since FSDP2 warns of views.
-        return logps[:, 0].clone() if ids is None else logps
+        return logps[:, 0].clone() if ids is None else logps  # a copy, since FSDP2 warns of views
 
     @torch.no_grad()
     def completion_logps(
@@ -346,22 +345,23 @@ class Policy(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write the policy (and its tokenizer) in the Hugging Face format.
+        """Write the policy (and its tokenizer) in the Hugging Face format, whole or not at all.
 
         An adapter is merged into the weights, and written on its own to ``adapter``, in peft's format.
 
         Args:
-            folder: where to.
+            folder: where to; an OSError says that it cannot be written.
             tokenizer: written beside the weights if given.
             state_dict: the model's unsharded weights, where it is sharded itself.
         """
-        if self.has_adapter:
-            state_dict = dict(self.named_weights())
-            save_adapter(self.model, Path(folder) / "adapter")
-        self.model.config.use_cache = True
-        try:
-            self.model.save_pretrained(folder, state_dict=state_dict)
-        finally:
-            self.model.config.use_cache = False
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        with whole_folder(folder) as partial:
+            if self.has_adapter:
+                state_dict = dict(self.named_weights())
+                save_adapter(self.model, partial / "adapter")
+            self.model.config.use_cache = True
+            try:
+                self.model.save_pretrained(partial, state_dict=state_dict)
+            finally:
+                self.model.config.use_cache = False
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)

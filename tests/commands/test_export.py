@@ -11,6 +11,7 @@ from hdpo.commands.export import export_checkpoint, main
 from hdpo.errors import ConfigError
 from hdpo.policy import PolicyConfig
 from tests.helpers.models import random_policy
+from tests.helpers.small_disk import small_disk
 
 LAB = {"path": "pkg://hdpo.lab/policy"}
 
@@ -50,6 +51,13 @@ def test_the_checkpoints_policy_is_written_with_its_tokenizer(tmp_path, checkpoi
         assert written[name].dtype == torch.float64
         assert torch.equal(written[name], value.double())
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_of_a_policy(tmp_path, checkpoint):
+    line = r"^--out: \S+out cannot be written \(.*File too large.*\): free space, or give another folder$"
+    with small_disk(100_000), pytest.raises(ConfigError, match=line):
+        export_checkpoint(PolicyConfig(**LAB), checkpoint, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt"]
 
 
 def test_what_holds_no_policy_is_refused(tmp_path):

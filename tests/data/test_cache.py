@@ -85,9 +85,9 @@ def test_every_dropped_row_is_listed_beside_the_problems(tmp_path, tokenizer, ca
     assert f"dropped for train: {tmp_path}/cache/{key}.dropped.jsonl" in capsys.readouterr().err.splitlines()
     lines = (tmp_path / "cache" / f"{key}.dropped.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"row": 2, "reason": "duplicate", "text": "What is  1 + 1?"},
-        {"row": 3, "reason": "missing_solution", "text": "What is 2 + 2?"},
-        {"row": 4, "reason": "not_unicode", "text": "Broken \ud83d."},
+        {"file": str(path), "row": 2, "reason": "duplicate", "text": "What is  1 + 1?"},
+        {"file": str(path), "row": 3, "reason": "missing_solution", "text": "What is 2 + 2?"},
+        {"file": str(path), "row": 4, "reason": "not_unicode", "text": "Broken \ud83d."},
     ]
     beside = json.loads((tmp_path / "cache" / f"{key}.json").read_text())
     assert beside["report"] == vars(data.report)

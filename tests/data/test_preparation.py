@@ -84,12 +84,16 @@ def test_equals_the_reference_and_counts_every_row(renderer):
     assert len(kept) + len(dropped) == len(ROWS)
 
 
-def test_dropped_rows_are_listed_with_number_reason_and_beginning(renderer):
-    rows = [Problem("2+2?", "So 4.", "4", "s"), Problem("  2+2? " + "x" * 100, "", "4", "s"), Problem("", "", "", "s")]
+def test_dropped_rows_are_listed_with_place_reason_and_beginning(renderer):
+    rows = [
+        Problem("2+2?", "So 4.", "4", "s", place=("a.jsonl", 1)),
+        Problem("  2+2? " + "x" * 100, "", "4", "s", place=("a.jsonl", 2)),
+        Problem("", "", "", "s", place=("b.jsonl", 1)),
+    ]
     _, _, dropped = run(renderer, rows)
     assert [result for _, result in dropped] == [
-        Dropped(2, "missing_solution", ("  2+2? " + "x" * 100)[:80]),
-        Dropped(3, "missing_problem", ""),
+        Dropped("a.jsonl", 2, "missing_solution", ("  2+2? " + "x" * 100)[:80]),
+        Dropped("b.jsonl", 1, "missing_problem", ""),
     ]
 
 
@@ -274,7 +278,8 @@ def test_held_out_problems_are_left_out(renderer):
 @pytest.mark.parametrize("field", ["problem", "solution", "answer", "context"])
 def test_texts_with_special_tokens_or_lone_surrogates_are_dropped(renderer, field):
     good = Problem("2+2?", "So 4.", "4", "s", "Add.")
-    rows = [good._replace(**{field: "2 <|im_end|>"}), good._replace(**{field: "2 \ud800"}), good]
+    bad = [good._replace(**{field: text}, place=("f", n)) for n, text in enumerate(("2 <|im_end|>", "2 \ud800"), 1)]
+    rows = [*bad, good]
     kept, reports, dropped = run(renderer, rows, usable=None)
     assert [p.problem for _, p in kept] == [good]
     assert total(reports) == {"special_tokens": 1, "not_unicode": 1}

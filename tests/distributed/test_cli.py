@@ -1,11 +1,19 @@
 """The strategy overlays from the command line, with Lightning's own launcher."""
 
+import atexit
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
+from hdpo.checkpoints import saved_checkpoints
 from hdpo.evaluation.records import read_records
 from hdpo.trainer import check_strategy
 from tests.helpers.processes import ROOT, environment, wait
@@ -61,6 +69,34 @@ def test_fit_with_an_overlay(tmp_path, overlay, options):
     assert (run / "summary.json").is_file()
     assert (run / "policy/model.safetensors").is_file()
     assert (run / "checkpoints/last.ckpt").is_dir() == overlay.startswith("fsdp2")
+
+
+class AskedToEnd(Callback):
+    """Asks the first process to end in its second step, once; it then takes longer to end than the others."""
+
+    def __init__(self, flag: str) -> None:
+        self.flag = Path(flag)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 1 and trainer.is_global_zero and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            # As a logger that uploads; Lightning looks every five seconds whether a process that it started is gone.
+            atexit.register(time.sleep, 12)
+
+
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+def test_processes_that_lightning_starts_end_with_status_75_and_go_on_with_the_same_command(tmp_path, overlay):
+    callback = {"class_path": "tests.distributed.test_cli.AskedToEnd", "init_args": {"flag": str(tmp_path / "asked")}}
+    more = {"trainer.callbacks": json.dumps([callback]), "trainer.max_steps": 3, "resume": "auto"}
+    more |= {"trainer.strategy.init_args.data_parallel_size": 2} if overlay == "fsdp2" else {}
+    assert "ended (SIGTERM); fit goes on with --resume auto" in fit(tmp_path, overlay, more=more, expected=75)
+    (run,) = (tmp_path / "runs/lab").iterdir()
+    assert [p.name for p in saved_checkpoints(run / "checkpoints")] == ["last-000002.ckpt"]
+    assert "--resume auto: " in fit(tmp_path, overlay, more=more)
+    assert [p.name for p in (tmp_path / "runs/lab").iterdir()] == [run.name]
+    assert sorted(f.name for f in (run / "evaluations").iterdir()) == ["step_000000.jsonl.gz", "step_000003.jsonl.gz"]
+    assert saved_checkpoints(run / "checkpoints")[0].name == "last-000003.ckpt"
 
 
 DATA_PARALLEL = "trainer.strategy.init_args.data_parallel_size"

@@ -1,9 +1,12 @@
 """One, two and three processes do the same training: real processes on gloo, under DDP and FSDP2."""
 
 import signal
+from functools import partial
 
 import pytest
 import torch
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from hdpo.checkpoints import read_header, saved_checkpoints
@@ -163,12 +166,17 @@ def test_gradients_are_averaged_once_a_step_after_the_same_number_of_passes(seve
     assert [[step["syncs"] for step in steps] for steps in updates] == [[4, 4]] * world
 
 
-def test_one_process_that_is_asked_to_end_saves_and_ends_with_the_others(several):
+def test_one_process_that_is_asked_to_end_saves_and_ends_with_the_others_and_the_run_goes_on(several):
     out, world = several
     assert [len(rank["steps"]) for rank in results(out, "terminated", world)] == [2] * world
     (checkpoint,) = (out / "terminated").rglob("last.ckpt")
     content = torch.load(checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint, weights_only=False)
     assert content["global_step"] == 2
+    rest = {**TERMINATED, "name": "rest", "ckpt_path": str(checkpoint)}
+    del rest["terminate_at"]
+    run_scenarios(out, "fsdp2" if checkpoint.is_dir() else "ddp", world, [rest], timeout=120)
+    assert [len(rank["steps"]) for rank in results(out, "rest", world)] == [3] * world
+    assert read_header("", checkpoint).step == 5
 
 
 def test_what_is_not_finite_on_one_rank_is_skipped_on_all_of_them(several):
@@ -182,6 +190,11 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all_of_them(several):
     assert all(w.isfinite().all() for w in first[2]["weights"].values())
     files = sorted(p.name for p in (out / "not_finite/skipped").iterdir())
     assert files == [f"step_000001.rank{rank}.pt" for rank in range(world)]
+    (checkpoint,) = (out / "not_finite").rglob("last.ckpt")
+    load = _load_distributed_checkpoint if checkpoint.is_dir() else partial(torch.load, weights_only=True)
+    saved = [x for x in tree_leaves(load(checkpoint)) if isinstance(x, torch.Tensor)]
+    assert len(saved) > 100, "weights and the optimizer's state"
+    assert all(x.isfinite().all() for x in saved)
     # A collective more or less on one of them, and the ranks would not have come this far together.
     assert len({tuple(step["backwards"] for step in steps) for steps in ranks}) == 1
 
@@ -262,7 +275,9 @@ def test_a_rank_that_dies_or_raises_hangs_nobody_and_the_run_goes_on(tmp_path, s
     assert read_header("", checkpoint).step == 4
 
 
-@pytest.mark.parametrize(("strategy", "worlds"), [("ddp", (2, 1)), ("ddp", (2, 3)), ("fsdp2", (2, 3))])
+@pytest.mark.parametrize(
+    ("strategy", "worlds"), [("ddp", (2, 1)), ("ddp", (2, 3)), ("fsdp2", (2, 1)), ("fsdp2", (2, 3))]
+)
 def test_a_checkpoint_goes_on_with_another_number_of_processes(tmp_path, strategy, worlds):
     first, second = worlds
     out = tmp_path / "out"
@@ -277,7 +292,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(tmp_path, strateg
     run_scenarios(out, strategy, first, [{**run, "name": "first", "steps": 2}], timeout=120)
     (checkpoint,) = (out / "run").rglob("last.ckpt")
     rest = {**run, "name": "rest", "steps": 4, "ckpt_path": str(checkpoint)}
-    run_scenarios(out, strategy if second > 1 else "auto", second, [rest], timeout=120)
+    run_scenarios(out, "auto" if strategy == "ddp" and second == 1 else strategy, second, [rest], timeout=120)
     expected, found = results(out, "straight", first), results(out, "rest", second)
     for number in (0, 1):
         parts = [[rank["steps"][number + 2 * (side is expected)] for rank in side] for side in (expected, found)]

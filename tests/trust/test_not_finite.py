@@ -1,19 +1,22 @@
 """A step that is not finite is not taken, wherever it became so, and nothing that is not finite is saved."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
-from hdpo.callbacks import LastCheckpoint, PolicyExport, Station
+from hdpo.callbacks import BestCheckpoint, LastCheckpoint, PolicyExport, Station
+from hdpo.callbacks.skipped import SkippedSteps
 from hdpo.errors import TrainingStopped
 from hdpo.experience import Experience
 from hdpo.generation import TransformersEngine
 from hdpo.losses import JSD, ClippedPolicyLoss
 from hdpo.optim import LinearWarmup
 from tests.helpers import toy
+from tests.helpers.small_disk import small_disk
 
 BAD = 1
 """The step in which something is not finite."""
@@ -88,7 +91,7 @@ PLACES = {
 def fit(folder, place, steps=3):
     tape = Tape()
     given = dict(PLACES[place]) if place else {}
-    callbacks = [tape, PolicyExport(), *filter(None, [given.pop("station", None)])]
+    callbacks = [tape, PolicyExport(), BestCheckpoint(), *filter(None, [given.pop("station", None)])]
     module = toy.module(
         teacher="ema",
         teacher_decay=0.5,
@@ -99,7 +102,7 @@ def fit(folder, place, steps=3):
     for name, value in given.items():
         setattr(module, name, value)
         value.trainer = None
-    trainer = toy.trainer(folder, *callbacks, max_steps=steps, limit_val_batches=0)
+    trainer = toy.trainer(folder, *callbacks, max_steps=steps, val_check_interval=1)
     for value in given.values():
         value.trainer = trainer
     trainer.fit(module, datamodule=toy.datamodule(folder))
@@ -122,8 +125,52 @@ def test_a_step_that_is_not_finite_is_not_taken(tmp_path, place):
     assert len(kept["prompts"]["problem"]) == 6
     assert kept["rollouts"]["completion_ids"].shape[:2] == (6, 4)
     assert kept["is_cliff"].dtype == torch.bool
-    exported = load_file(tmp_path / "policy" / "model.safetensors")
-    assert all(w.isfinite().all() for w in exported.values())
+    saved = list(saved_tensors(tmp_path))
+    assert len(saved) > 100
+    assert all(w.isfinite().all() for w in saved)
+
+
+def saved_tensors(folder):
+    """Every tensor of every checkpoint and exported policy: weights, averages, optimizer state, what callbacks keep."""
+
+    def inside(value):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from inside(item)
+
+    for name in ("last", "best"):
+        assert (folder / f"checkpoints/{name}.ckpt").exists()
+    for path in (folder / "checkpoints").iterdir():
+        yield from inside(torch.load(path, weights_only=True))
+    yield from load_file(folder / "policy/model.safetensors").values()
+
+
+def test_with_several_updates_those_before_stand_and_no_other_is_made(tmp_path):
+    """Each batch makes three; the second of one is not finite."""
+    tape, number, seen = Tape(), [0], []
+
+    class Second(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            number[0] += 1
+            if number[0] == 3 + 2:
+                seen.append([p.detach().clone() for p in pl_module.parameters()])
+                next(pl_module.student.parameters()).grad.view(-1)[3] = math.nan
+
+    module = toy.module(
+        num_epochs=3,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4),
+        distillation_weight=0.0,
+        micro_batch_tokens=10**6,
+    )
+    toy.trainer(tmp_path, tape, Second(), max_steps=3, limit_val_batches=0).fit(
+        module, datamodule=toy.datamodule(tmp_path)
+    )
+    assert [s[3]["optim/skipped"] for s in tape.steps] == [0, 1, 0]
+    assert number[0] == 3 + 2 + 3
+    assert all(torch.equal(a, b) for a, b in zip(tape.steps[1][0], seen[0], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(tape.steps[1][0], tape.steps[0][0], strict=True))
 
 
 def test_a_skipped_step_is_as_if_it_had_not_been(tmp_path, monkeypatch):
@@ -211,6 +258,16 @@ def test_several_updates_under_autocast_read_the_weights_of_the_one_before(tmp_p
 
 
 CACHED: dict[bool, torch.Tensor] = {}
+
+
+def test_a_full_disk_is_what_the_system_says(tmp_path):
+    """A line of the program makes of it; PyTorch's own error would be a traceback."""
+    batch = SimpleNamespace(metrics={"optim/skipped": 1.0}, as_plain_data=lambda: {"x": torch.zeros(100_000)})
+    fitter = SimpleNamespace(log_dir=None, default_root_dir=tmp_path, global_rank=0, global_step=3)
+    module = SimpleNamespace(update=SimpleNamespace(max_skipped_steps=3))
+    with small_disk(10_000), pytest.raises(OSError, match="File too large"):
+        SkippedSteps().on_train_batch_end(fitter, module, None, batch, 0)
+    assert not list((tmp_path / "skipped").iterdir())
 
 
 def test_plain_data_holds_every_field_and_no_class_of_ours(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import yaml
 from hdpo.cli import main
 from hdpo.commands.run_folder import RunFolder
 from hdpo.errors import ConfigError, TrainingStopped
+from hdpo.trainer import check_trainer
 from tests.test_cli import lab, refused, run_folder, workplace  # noqa: F401 - a fixture
 
 FEW = ["--trainer.val_check_interval=1", "--checkpoint.every_n_steps=1", "--data.selection.num_test_problems=0"]
@@ -149,14 +151,38 @@ def test_precisions_that_lose_updates_are_refused(workplace, capsys, precision):
     assert f"trainer.precision must be one of 32-true, bf16-mixed, 64-true, got {precision}" in line
 
 
+def test_scaled_gradients_are_refused_where_there_are_any():
+    """On a GPU: 16-mixed clips gradients while they are scaled."""
+    with pytest.raises(
+        ConfigError, match=r"^trainer.precision must be one of 32-true, bf16-mixed, 64-true, got 16-mixed"
+    ):
+        check_trainer(SimpleNamespace(precision="16-mixed"))
+
+
+@pytest.fixture
+def heard():
+    """A signal for which the program has no handler fails the test, and does not end it."""
+
+    def unheard(number, frame):
+        raise AssertionError(f"nobody has heard {signal.Signals(number).name}")
+
+    before = {number: signal.signal(number, unheard) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("when", ["before training", "in a step"])
+@pytest.mark.parametrize("when", ["in the imports", "before training", "in a step"])
 def test_asked_to_end_is_status_75(workplace, capsys, monkeypatch, name, when):  # noqa: F811
     def ask(*_):
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep(0.2)
 
     target = "hdpo.data.datamodule.OpenMathDataModule.setup"
+    if when == "in the imports":
+        target = "hdpo.cli.importlib.import_module"
     if when == "in a step":
         target = "hdpo.callbacks.cliffs.CliffDetection.on_train_batch_start"
     original = __import__("pydoc").locate(target)
@@ -172,6 +198,26 @@ def test_asked_to_end_is_status_75(workplace, capsys, monkeypatch, name, when): 
         assert fit("--trainer.max_steps=3", "--resume=auto") == 0
         assert len(list((run_folder(workplace) / "evaluations").iterdir())) == 4
     assert threading.active_count() < 50
+
+
+def test_asked_twice_it_ends_at_once_and_goes_on_from_the_last_checkpoint(workplace, capsys, monkeypatch):  # noqa: F811
+    from hdpo.losses import update
+
+    def ask(*_):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    def never(*_):
+        raise AssertionError("the step has ended")
+
+    monkeypatch.setattr(update, "_clip", lambda *a: ask() or never())
+    assert fit("--trainer.max_steps=3") == 75
+    assert "hdpo: ended (SIGINT twice); fit goes on with --resume auto" in capsys.readouterr().err
+    assert checkpoints(run_folder(workplace)) == [], "nothing is saved in the middle of an update"
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert fit("--trainer.max_steps=1", "--resume=auto") == 0
 
 
 def test_training_that_stops_itself_is_status_3(workplace, capsys, monkeypatch):  # noqa: F811
@@ -203,6 +249,26 @@ def test_a_full_disk_is_one_line_and_status_3(workplace, capsys, monkeypatch):  
     monkeypatch.chdir(workplace)
     assert fit("--trainer.max_steps=3", "--resume=auto") == 0
     assert len(list((run_folder(workplace) / "evaluations").iterdir())) == 4
+
+
+def test_before_the_first_step_there_is_nothing_to_save(workplace, capsys, monkeypatch):  # noqa: F811
+    """A disk that is full when config.yaml is written, and a run that is asked to end while it loads."""
+    from hdpo.commands import run
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "config.yaml")
+
+    monkeypatch.setattr(run.SavedConfig, "save_config", full)
+    assert fit("--trainer.max_steps=3") == 3
+    assert "No space left on device: 'config.yaml'; free space" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert fit("--trainer.max_steps=1") == 0
+    before = checkpoints(run_folder(workplace, 1))
+    monkeypatch.setattr("hdpo.data.OpenMathDataModule.load_state_dict", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert fit("--trainer.max_steps=2", f"--ckpt_path={run_folder(workplace, 1)}/checkpoints/last.ckpt") == 75
+    assert checkpoints(run_folder(workplace, 1)) == before
+    assert not list(workplace.rglob("last-000000*"))
 
 
 def test_the_configuration_of_a_continued_run_is_that_of_the_command(workplace):  # noqa: F811
