@@ -32,6 +32,7 @@ _ASIDE = (
     *("seed_everything", "model.seed", "data.seed", "ckpt_path", "resume", "data.cache_dir"),
     *("trainer.logger", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
     *("trainer.log_every_n_steps", "trainer.enable_checkpointing"),
+    "trainer.max_epochs",  # how far a run went is seen from its evaluations
     *("samples", "progress", "checkpoint", "best_checkpoint", "export", "predictions", "evaluation"),
 )
 _WITHOUT_DISTILLATION = ("distillation", "model.teacher", "model.divergence")
@@ -298,6 +299,9 @@ def name_settings(runs: Sequence[Run], aside: Sequence[str] = ()) -> tuple[list[
         where that says it all.
     """
     configs = [{k: v for k, v in run.influences().items() if not _within(k, aside)} for run in runs]
+    # An option that is off in some runs and missing in others came with a later version, and is off in all of them.
+    common = set.intersection(*map(set, configs)) if configs else set()
+    configs = [{k: v for k, v in c.items() if k in common or v not in (None, False)} for c in configs]
     keys = _varied(configs)
     identities = [json.dumps({k: c[k] for k in keys if k in c}, sort_keys=True) for c in configs]
     labels: dict[str, str] = {}
@@ -309,7 +313,7 @@ def name_settings(runs: Sequence[Run], aside: Sequence[str] = ()) -> tuple[list[
             own = [c for r, c in zip(runs, configs, strict=True) if r.arm == run.arm]
             label = ", ".join([run.arm, *_parts(config, _varied(own), own)])
         else:
-            label = ", ".join(_parts(config, keys or [WEIGHT], configs))
+            label = ", ".join(_parts(config, keys, configs) or _parts(config, [WEIGHT], configs))
         same = sum(label == other.partition(" #")[0] for other in labels.values())
         labels[identity] = f"{label} #{same + 1}" if same else label
     return [labels[i] for i in identities], [{k: c[k] for k in keys if k in c} for c in configs]

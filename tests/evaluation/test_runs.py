@@ -103,6 +103,14 @@ def test_output_does_not_make_a_setting(tmp_path):
     assert set(labels(tmp_path).values()) == {"weight 1"}
 
 
+def test_an_option_that_a_later_version_brought_is_no_setting_where_it_is_off(tmp_path):
+    run(tmp_path / "earlier", seed=0)
+    run(tmp_path / "later", seed=1, model__policy={"compile": False, "gather_dtype": None})
+    assert set(labels(tmp_path).values()) == {"weight 0"}
+    run(tmp_path / "on", seed=2, model__policy={"compile": True})
+    assert labels(tmp_path) == {"earlier": "weight 0", "later": "weight 0", "on": "compile true"}
+
+
 def test_keys_that_are_put_aside(tmp_path):
     for seed in range(2):
         run(tmp_path / f"a{seed}", seed=seed, model__policy={"path": f"start_{seed}"})
