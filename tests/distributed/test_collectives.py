@@ -284,7 +284,7 @@ def records(number):
     import hdpo.callbacks.evaluation as module
 
     module.write_gzip = lambda path, rows: written.append((path.name, [row["row"] for row in rows]))
-    module.write_provenance = lambda *arguments: None
+    module.write_provenance = module.write_config = lambda *arguments: None
     evaluation._write(trainer, None, "evaluations")
 
     ends = []
