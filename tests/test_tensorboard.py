@@ -25,6 +25,8 @@ SMALL = {
 }
 METHODS = {"grpo": 5, "hdpo": 6}
 
+pytestmark = pytest.mark.slow  # two runs
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
