@@ -82,6 +82,7 @@ def test_the_named_overlays_ship():
         assert (ROOT / "configs" / f"{name}.yaml").is_file(), name
 
 
+@pytest.mark.slow  # counts the parameters of 32B
 def test_the_table_of_scale_is_the_scripts():
     script = [sys.executable, str(ROOT / "benchmarks" / "scale.py")]
     done = subprocess.run(

@@ -152,6 +152,7 @@ def test_the_trainers_metrics_are_those_of_the_records(tmp_path):
     assert trainer.progress_bar_metrics["pass@1"] == pytest.approx(found["val/pass@1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["", "stories"])
 def test_one_source_has_one_name_in_fit_validate_and_test(workplace, capsys, given):
     """Its own, or the end of its path, where no column says where problems are from."""
