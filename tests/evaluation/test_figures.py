@@ -176,3 +176,9 @@ def test_tensorboard(report, tmp_path):
     curve = report["settings"][0]["curves"]["pass@8"]
     assert found == [(step, pytest.approx(curve[step]["value"])) for step in (0, 20, 40)]
     assert sorted(read(folder / "figures").Tags()["images"]) == ["report/sources", "report/steps", "report/tradeoff"]
+
+
+def test_a_curve_that_begins_at_weight_0_itself_has_that_point_once(report, axes_of):
+    alone = [s | {"values": {"model.distillation_weight": s["distillation_weight"]}} for s in report["settings"]]
+    _, over_weight = axes_of(report | {"settings": alone[:3]})
+    assert [label.get_text() for label in over_weight.get_xticklabels()] == ["0", "0.1", "1"]
