@@ -179,6 +179,8 @@ def test_tensorboard(report, tmp_path):
 
 
 def test_a_curve_that_begins_at_weight_0_itself_has_that_point_once(report, axes_of):
-    alone = [s | {"values": {"model.distillation_weight": s["distillation_weight"]}} for s in report["settings"]]
-    _, over_weight = axes_of(report | {"settings": alone[:3]})
+    jsd = [by_label(report)[label] for label in LABELS[:3]]
+    alone = [s | {"values": {"model.distillation_weight": s["distillation_weight"]}} for s in jsd]
+    _, over_weight = axes_of(report | {"settings": alone})
     assert [label.get_text() for label in over_weight.get_xticklabels()] == ["0", "0.1", "1"]
+    assert over_weight.containers[0][0].get_ydata() == pytest.approx(outcomes(report, LABELS[:3], "pass@8"))
