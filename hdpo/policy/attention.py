@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +191,29 @@ def causal_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def packs_in_kernel(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether sequences that lie in one row can be told apart by torch itself: on a GPU, in 16 bits."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _is_plain(model)
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not _is_plain(model):
+        return False
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return _attends_to_packed(device, dtype, heads, getattr(config, "num_key_value_heads", None) or heads, width)
+
+
+@cache
+def _attends_to_packed(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> bool:
+    """Whether torch's kernel takes heads of that number and width, forward and backward; older GPUs have none."""
+    with torch.inference_mode(False), torch.enable_grad():
+        query, key = (
+            torch.ones(2, n, width, dtype=dtype, device=device, requires_grad=True) for n in (heads, key_heads)
+        )
+        bounds = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
+        given: Any = query, key, key, bounds, bounds, 1, 1
+        try:
+            out: Any = varlen_attn(*given, scale=1.0, window_size=(-1, 0), **_SHARES_KEYS)
+            out.sum().backward()
+        except (RuntimeError, ValueError):
+            return False
+    return True
 
 
 def _is_plain(model: PreTrainedModel) -> bool:

@@ -165,9 +165,40 @@ def test_a_packed_row_in_the_kernel_is_as_good_as_padded_rows(name, recomputed, 
         ("cuda", torch.bfloat16, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, False),
     ],
 )
-def test_where_a_kernel_tells_packed_sequences_apart(device, dtype, options, expected):
-    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **options))
-    assert attention_module.packs_in_kernel(model, torch.device(device), dtype) is expected
+def test_where_a_kernel_tells_packed_sequences_apart(device, dtype, options, expected, monkeypatch):
+    config = Qwen2Config(**SIZES, **options)
+    asked = []
+    monkeypatch.setattr(attention_module, "_attends_to_packed", lambda *given: asked.append(given) or True)
+    model, device = Qwen2ForCausalLM(config), torch.device(device)
+    assert attention_module.packs_in_kernel(model, device, dtype) is expected
+    heads = config.num_attention_heads, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    assert asked == [(device, dtype, *heads)] * expected
+    monkeypatch.setattr(attention_module, "_attends_to_packed", lambda *given: False)
+    assert not attention_module.packs_in_kernel(model, device, dtype)
+
+
+def test_a_kernel_that_does_not_take_the_heads_is_not_used(monkeypatch):
+    """Without a kernel a long traceback would come from deep inside torch, and without its backward pass only then."""
+    given = torch.device("cpu"), torch.float32, 4, 2, 8
+    attends = attention_module._attends_to_packed.__wrapped__
+
+    def refused(*_, **__):
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer")
+
+    class ForwardOnly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, query):
+            return query.clone()
+
+        backward = staticmethod(refused)
+
+    monkeypatch.setattr(attention_module, "varlen_attn", within_each)
+    with torch.inference_mode():
+        assert attends(*given)
+    monkeypatch.setattr(attention_module, "varlen_attn", refused)
+    assert not attends(*given)
+    monkeypatch.setattr(attention_module, "varlen_attn", lambda query, *_, **__: ForwardOnly.apply(query))
+    assert not attends(*given)
 
 
 def test_what_layouts_a_policy_takes(policy, monkeypatch):
