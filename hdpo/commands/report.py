@@ -39,6 +39,7 @@ def _parser() -> CommandParser:
     add("--last", type=int, default=5, help="a run's outcome is the mean of so many of its last evaluations")
     add("--split", metavar="NAME", help="validation or test; default: test where all runs have it")
     add("--ignore", nargs="+", default=[], metavar="KEY", help="keys in which repetitions may differ, as in their seed")
+    add("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="only runs with these; default: all")
     add("--out", metavar="DIR", help="where to write; default: report in the first RUN")
     add("--compact", metavar="DIR", help="also write each run's verdicts, without texts, as one file of a few KB there")
     return parser

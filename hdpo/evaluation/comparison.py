@@ -32,6 +32,7 @@ class Question:
         last: a run's outcome is the mean of so many of its last evaluations (none before the first step).
         split: ``validation`` or ``test``; None for test where all runs have it.
         ignore: configuration keys (or sections) in which runs of one setting may differ, as in their seed.
+        seeds: only runs with one of these; empty for all. A question that earlier runs suggested is answered by new ones.
 
     Raises:
         ConfigError: a number out of its range.
@@ -44,6 +45,7 @@ class Question:
     last: int = 5
     split: str | None = None
     ignore: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.last < 1:
@@ -264,6 +266,12 @@ def build_report(runs: Sequence[Run], question: Question | None = None) -> dict[
     """
     question = question or Question()
     notes: list[str] = []
+    if question.seeds:
+        absent = set(question.seeds) - {run.seed for run in runs}
+        if absent:
+            raise ConfigError(f"--seeds: no run has seed {', '.join(map(str, sorted(absent)))}")
+        runs = [run for run in runs if run.seed in question.seeds]
+        notes.append(f"only runs with seed {', '.join(map(str, question.seeds))}")
     split = choose_split(runs, question.split)
     usable = [run for run in runs if run.of_split(split)]
     if len(usable) < len(runs):
