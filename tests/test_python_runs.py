@@ -8,6 +8,8 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from hdpo import Evaluation, FunctionVerifier, HDPOModule, PolicyConfig, RolloutGeneration, SampleLogger
 from hdpo.cli import main
@@ -87,6 +89,21 @@ def test_report_and_show_read_it(runs, capsys):
     capsys.readouterr()
     assert main(["show", str(run)]) == 0
     assert f"expected: {sample['reference']}" in capsys.readouterr().out
+
+
+def test_tensorboard_compares_the_runs(runs):
+    folder, _ = runs
+    for number in (0, 1):
+        events = EventAccumulator(str(folder / f"lightning_logs/version_{number}"))
+        events.Reload()
+        content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        shown = HParamsPluginData.FromString(content).session_start_info.hparams
+        values = {name: value.string_value or value.number_value for name, value in shown.items()}
+        assert values == {
+            "seed_everything": 3, "distillation_weight": number, "teacher": "DriftingTeacher", "divergence": "JSD",
+            "lr": 0.25,
+        }  # fmt: skip
+        assert {event.step for event in events.Scalars("val/pass@2")} == {0, 1}
 
 
 def test_validate_and_test_are_recorded_too(tmp_path):

@@ -37,8 +37,10 @@ def runs(folder, part="confirmatory"):
 def reports(folder):
     """One for each question, the main one first; without those that were written down before their runs were made."""
     questions = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("question*.yaml"))]
-    arms = {run.arm for run in runs(folder)}
-    answered = [q for i, q in enumerate(questions) if i == 0 or {q["baseline"], *q["family"]} <= arms]
+    there = {run.arm for run in runs(folder)} | {run.seed for run in runs(folder)}
+    answered = [
+        q for i, q in enumerate(questions) if i == 0 or {q["baseline"], *q["family"], *q.get("seeds", ())} <= there
+    ]
     return [build_report(runs(folder), Question(**question)) for question in answered]
 
 

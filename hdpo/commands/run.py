@@ -21,7 +21,6 @@ from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hdpo.callbacks import (
@@ -44,6 +43,7 @@ from hdpo.commands.run_folder import RunFolder, find_run, is_finished, mark_fini
 from hdpo.data import OpenMathDataModule
 from hdpo.data.batches import check_batch
 from hdpo.errors import ConfigError, TrainingStopped, first_line
+from hdpo.evaluation.curves import log_configuration
 from hdpo.evaluation.runs import flat_config
 from hdpo.module import HDPOModule
 from hdpo.trainer import check_strategy
@@ -93,10 +93,7 @@ class SavedConfig(SaveConfigCallback):
         """Give each logger the flat configuration, with the names of its files as ``method``."""
         config = flat_config(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
         config["method"] = "+".join(Path(str(file)).stem for file in self.config.get("config") or [])
-        for logger in trainer.loggers:
-            # TensorBoard's HParams need the names of metrics as well, which the first evaluation brings.
-            no_metrics: tuple[Any, ...] = ({},) if isinstance(logger, TensorBoardLogger) else ()
-            logger.log_hyperparams(config, *no_metrics)
+        log_configuration(trainer.loggers, config)
 
 
 class _NothingToDo(Exception):

@@ -32,7 +32,7 @@ class Question:
         last: a run's outcome is the mean of so many of its last evaluations (none before the first step).
         split: ``validation`` or ``test``; None for test where all runs have it.
         ignore: configuration keys (or sections) in which runs of one setting may differ, as in their seed.
-        seeds: only runs with one of these; empty for all. A question that earlier runs suggested is answered by new ones.
+        seeds: only runs with one of these, where older ones suggested the question; empty for all.
 
     Raises:
         ConfigError: a number out of its range.

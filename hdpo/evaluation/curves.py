@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from hdpo.evaluation.runs import class_name
 
-__all__ = ["log_evaluation"]
+__all__ = ["log_configuration", "log_evaluation"]
 
 _HPARAMS = (
     *("method", "seed_everything", "model.distillation_weight", "model.teacher", "model.divergence"),
@@ -20,6 +20,14 @@ _HPARAMS = (
 
 _shown: WeakSet[Any] = WeakSet()
 """Loggers whose HParams tab is filled."""
+
+
+def log_configuration(loggers: Iterable[Any], config: Mapping[str, Any]) -> None:
+    """Hand the flat configuration of a run (:func:`hdpo.evaluation.runs.flat_config`) to the loggers."""
+    for logger in loggers:
+        # TensorBoard's HParams need the names of metrics as well, which the first evaluation brings.
+        no_metrics: tuple[Any, ...] = ({},) if isinstance(logger, TensorBoardLogger) else ()
+        logger.log_hyperparams(dict(config), *no_metrics)
 
 
 def log_evaluation(loggers: Iterable[Any], metrics: Mapping[str, float], step: int) -> None:

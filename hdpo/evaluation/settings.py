@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from hdpo.evaluation.curves import log_configuration
+from hdpo.evaluation.runs import flat_config
 from hdpo.files import write_text
 
 __all__ = ["described", "write_config"]
@@ -51,7 +53,7 @@ def arguments(value: Any) -> dict[str, Any]:
 
 
 def write_config(folder: Path, trainer: Any, module: Any) -> None:
-    """Write ``config.yaml`` into the run's folder, unless there is one, as the command line's.
+    """Write ``config.yaml`` into the run's folder, unless there is one, as the command line's; tell the loggers, too.
 
     Args:
         folder: the run's.
@@ -61,7 +63,8 @@ def write_config(folder: Path, trainer: Any, module: Any) -> None:
     path = folder / "config.yaml"
     if path.exists():
         return
-    model = arguments(module) | {"policy": arguments(module.policy_config)}
+    # Both of these are modules, which torch does not keep beside a module's other attributes.
+    model = arguments(module) | {"policy": arguments(module.policy_config), "teacher": described(module.teacher)}
     if trainer.optimizers:
         (optimizer, *_) = trainer.optimizers
         model["optimizer"] = {"class_path": described(type(optimizer)), "init_args": described(optimizer.defaults)}
@@ -77,3 +80,4 @@ def write_config(folder: Path, trainer: Any, module: Any) -> None:
     }
     plain = json.loads(json.dumps(config))  # a number of numpy's is a float, but none to YAML
     write_text(path, _HEADER + yaml.safe_dump(plain, sort_keys=False))
+    log_configuration(trainer.loggers, flat_config(plain))

@@ -267,6 +267,22 @@ def test_without_a_baseline_there_are_numbers_but_no_comparisons(runs):
         build_report(some, Question(primary=["pass@8"]))
 
 
+def test_a_question_about_certain_seeds_is_answered_by_their_runs_alone(runs):
+    question = Question(primary=["pass@8"], family=["weight 1, JSD"], seeds=[1, 3, 4])
+    report = build_report(runs, question)
+    wanted = build_report(
+        [run for run in runs if run.seed in (1, 3, 4)], Question(primary=["pass@8"], family=question.family)
+    )
+    assert {s["label"]: s["seeds"] for s in report["settings"]} == {
+        "weight 0": [1, 3, 4], "weight 1, ForwardKL": [1], "weight 1, JSD": [1, 3, 4],
+    }  # fmt: skip
+    assert report["notes"][0] == "only runs with seed 1, 3, 4"
+    for part in ("settings", "comparisons", "family"):
+        assert report[part] == wanted[part]
+    with pytest.raises(ConfigError, match="--seeds: no run has seed 7, 9"):
+        build_report(runs, Question(seeds=[9, 0, 7]))
+
+
 def test_two_groups_that_differ_in_seeds_alone(tmp_path):
     """Nothing is found, at the rate at which nothing should be: 20 experiments of five GRPO runs a side."""
     found = []
