@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         SampleLogger,
         Station,
     )
-    from hdpo.cli import main
     from hdpo.data import ColumnMapping, EvaluationSource, OpenMathDataModule, PromptConfig, Selection, SourceConfig
     from hdpo.errors import ConfigError
     from hdpo.experience import Experience, Sequences
@@ -91,31 +90,17 @@ __all__ = [
     "VLLMEngine",
     "Verifier",
     "load_tokenizer",
-    "main",
     "teacher_topk",
 ]
 
 _HOMES = (
-    "module",
-    "optim",
-    "callbacks",
-    "data",
-    "losses",
-    "teacher",
-    "policy",
-    "generation",
-    "rewards",
-    "experience",
+    *("module", "optim", "callbacks", "data", "losses", "teacher", "policy", "generation", "rewards", "experience"),
     "errors",
 )
 
 
 def __getattr__(name: str) -> Any:
     # torch and Lightning take seconds to import; `python -m hdpo --help` does not need them.
-    if name == "main":
-        from hdpo.cli import main
-
-        return main
     if name in __all__:
         for home in _HOMES:
             module = importlib.import_module(f"hdpo.{home}")

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLR
 
 from hdpo.callbacks.cliffs import CliffDetection
 from hdpo.callbacks.distillation import DistillationRefresh
-from hdpo.callbacks.evaluation import Evaluation
+from hdpo.callbacks.evaluation import Evaluation, evaluated_split
 from hdpo.callbacks.rollouts import RolloutGeneration
 from hdpo.callbacks.samples import SampleLogger
 from hdpo.callbacks.skipped import SkippedSteps
@@ -216,7 +216,7 @@ class HDPOModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Create the metrics of each set and source of the evaluation's problems."""
-        if (ks := self.evaluated_k()) != self.scores.ks:
+        if stage != "predict" and (ks := self.evaluated_k()) != self.scores.ks:
             self.scores = Scores(ks)
 
     def evaluated_k(self) -> dict[str, tuple[int, ...]]:
@@ -274,8 +274,9 @@ class HDPOModule(LightningModule):
         if step % cast(Any, self.trainer).log_every_n_steps == 0:
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=step)
-        self.log("reward", metrics["rollout/reward"], prog_bar=True, logger=False)
-        self.log("cliffs", metrics["cliff/fraction"], prog_bar=True, logger=False)
+        for name, shown in (("reward", "rollout/reward"), ("cliffs", "cliff/fraction")):
+            if shown in metrics:  # not where no rollout has a verdict
+                self.log(name, metrics[shown], prog_bar=True, logger=False)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -287,9 +288,7 @@ class HDPOModule(LightningModule):
         correct, greedy, valid = (x.to(self.device) for x in (correct, greedy, prompts.valid))
         self.scores.update(correct, greedy, prompts.source, valid, prompts.dataset)
 
-    def test_step(self, batch: Experience, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As :meth:`validation_step`."""
-        self.validation_step(batch, batch_idx)
+    test_step = validation_step
 
     def predict_step(self, batch: Experience, batch_idx: int, dataloader_idx: int = 0) -> Experience:
         """Return the completed experience; a writer turns it into JSON lines."""
@@ -297,14 +296,7 @@ class HDPOModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log pass@k, any@k and greedy accuracy, overall, by set and by source."""
-        split = getattr(cast(Any, self.trainer).datamodule, "evaluated_split", None)
-        self._log_evaluation("test" if split == "test" else "val")
-
-    def on_test_epoch_end(self) -> None:
-        """As :meth:`on_validation_epoch_end`."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
+        stage = "test" if evaluated_split(self.trainer) == "test" else "val"
         values = self.scores.compute_and_reset(stage)
         best = f"pass@{max(self.scores.ks[''])}"
         self.log(best, values[f"{stage}/{best}"], prog_bar=True, logger=False)
@@ -314,3 +306,5 @@ class HDPOModule(LightningModule):
         self.log_dict(values, logger=not fits)
         if fits and not trainer.sanity_checking:
             log_evaluation(self.loggers, {name: float(value) for name, value in values.items()}, self.global_step)
+
+    on_test_epoch_end = on_validation_epoch_end

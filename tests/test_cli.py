@@ -68,8 +68,9 @@ def test_fit_validate_test_predict_and_export(workplace, capsys):
     assert all(json.loads(line)["problem"] for line in (run / "samples.jsonl").read_text().splitlines())
 
     checkpoint = str(run / "checkpoints" / "last.ckpt")
-    for command in ("validate", "test", "predict"):
-        assert main(lab(command, "--ckpt_path", checkpoint)) == 0
+    fewer = ("--rollouts.num_val_samples=1", "--model.pass_k=[2]")  # nothing is estimated of predictions
+    for command, *more in (("validate",), ("test",), ("predict", *fewer)):
+        assert main(lab(command, "--ckpt_path", checkpoint, *more)) == 0
     capsys.readouterr()
     validated = run_folder(workplace, 1) / "evaluations" / "step_000002.jsonl.gz"
     assert validated.read_bytes() == (run / "evaluations" / "step_000002.jsonl.gz").read_bytes()
@@ -81,7 +82,9 @@ def test_fit_validate_test_predict_and_export(workplace, capsys):
     assert not hashes[0] & hashes[1]
     rows = [json.loads(line) for line in (run_folder(workplace, 3) / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 6
-    assert all(len(row["samples"]) == 2 and row["greedy"]["outcome"] for row in rows)
+    assert all(len(row["samples"]) == 1 and row["greedy"]["outcome"] for row in rows)
+    config = yaml.safe_load((run_folder(workplace, 3) / "config.yaml").read_text())
+    assert config["return_predictions"] is False, "all of them would stay in memory"
 
     assert main(["export", "--config", str(run / "config.yaml"), "--ckpt_path", checkpoint, "--out", "exported"]) == 0
     for folder in ("exported", run / "policy"):

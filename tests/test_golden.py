@@ -47,7 +47,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("method", ["grpo", "hdpo"])
+@pytest.mark.parametrize("method", [pytest.param("grpo", marks=pytest.mark.slow), "hdpo"])
 def test_the_laboratorys_numbers(tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", str(LAB), "--trainer.max_steps=20", "--model.policy.dtype=float64"]

@@ -35,7 +35,10 @@ def figures(cell):
     return [o["data"]["image/png"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+# The quickstart runs with the fast tests.
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[] if p.stem[:2] == "01" else pytest.mark.slow) for p in NOTEBOOKS]
+)
 def test_notebook_runs(path):
     notebook = executed(path)
     for was, now in zip(nbformat.read(path, as_version=4).cells, notebook.cells, strict=True):

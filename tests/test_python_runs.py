@@ -10,11 +10,26 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from transformers import AutoModelForCausalLM
 
-from hdpo import Evaluation, FunctionVerifier, HDPOModule, PolicyConfig, RolloutGeneration, SampleLogger
+from hdpo import (
+    ClippedPolicyLoss,
+    Evaluation,
+    FunctionVerifier,
+    Grade,
+    HDPOModule,
+    MathVerifier,
+    Outcome,
+    PolicyConfig,
+    RolloutGeneration,
+    SampleLogger,
+    Verifier,
+)
 from hdpo.cli import main
 from hdpo.evaluation.records import read_records, recompute, record_path
 from hdpo.evaluation.runs import find_runs
+from hdpo.evaluation.settings import arguments
+from hdpo.files import resolve_path
 from tests.helpers import toy
 
 
@@ -22,10 +37,10 @@ def right(completions, references):
     return [float(f"boxed{{{r}}}" in c) for c, r in zip(completions, references, strict=True)]
 
 
-def fit(folder, weight, *callbacks, logger=True, seed=3):
+def fit(folder, weight, *callbacks, logger=True, seed=3, verifier=None):
     module = HDPOModule(
         PolicyConfig(path="pkg://hdpo.lab/policy"),
-        verifier=FunctionVerifier({"right": right}, in_process=True),
+        verifier=verifier or FunctionVerifier({"right": right}, in_process=True),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.25),
         distillation_weight=np.float64(weight),
         rollouts=RolloutGeneration(num_generations=2, max_new_tokens=24, num_val_samples=2),
@@ -91,6 +106,19 @@ def test_report_and_show_read_it(runs, capsys):
     assert f"expected: {sample['reference']}" in capsys.readouterr().out
 
 
+def test_arguments_that_are_handed_on_to_a_base_class_are_described(tmp_path):
+    """Else ``report`` would take two runs that differ in one of them for repetitions of each other."""
+    assert arguments(MathVerifier(timeout=1.5, num_workers=3)) == {
+        "profile": "strict", "num_workers": 3, "timeout": 1.5, "memory_limit": 4.0, "batch_timeout": 60.0,
+    }  # fmt: skip
+    found = arguments(ClippedPolicyLoss(clip_eps_high=0.28, kl_coef=0.5))
+    assert list(found) == [
+        "clip_eps_low", "clip_eps_high", "advantage_scale", "aggregation", "mask_truncated", "count_zero_variance",
+        "kl_coef", "sampler_correction", "sampler_correction_threshold", "off_policy_shaping",
+    ]  # fmt: skip
+    assert (found["clip_eps_high"], found["kl_coef"]) == (0.28, 0.5)
+
+
 def test_tensorboard_compares_the_runs(runs):
     folder, _ = runs
     for number in (0, 1):
@@ -104,6 +132,26 @@ def test_tensorboard_compares_the_runs(runs):
             "lr": 0.25,
         }  # fmt: skip
         assert {event.step for event in events.Scalars("val/pass@2")} == {0, 1}
+
+
+class Mute(Verifier):
+    """Comes to no verdict, as a reward function with a mistake in it does."""
+
+    def grade(self, completions, references, **columns):
+        return [Grade(Outcome.ERROR, 0.0, "KeyError: 'limit'") for _ in completions]
+
+    def usable(self, references, **columns):
+        return [True] * len(references)
+
+
+def test_a_checker_that_fails_is_told_and_teaches_nothing(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"none of \d+ completions got a verdict \(the first: error: KeyError: 'limit'\)"
+    ):
+        trainer, module = fit(tmp_path, 1.0, verifier=Mute())
+    initial = AutoModelForCausalLM.from_pretrained(resolve_path("pkg://hdpo.lab/policy"), dtype=torch.float32)
+    assert trainer.global_step == 1
+    assert all(torch.equal(module.policy.model.state_dict()[k], v) for k, v in initial.state_dict().items())
 
 
 def test_validate_and_test_are_recorded_too(tmp_path):

@@ -5,7 +5,7 @@ A folder there has ``question.yaml`` (and ``question_*.yaml`` for further famili
 rows of "a against b". The project's README names the folder (benchmarks/results/NAME) before the table. A header says
 what its column holds: ``pass@8`` or ``greedy``, of ``tiers 5 and 6``, of ``cliffs`` (the sources of the primary
 endpoint) or of all problems; ``runs`` or ``n``; ``last``, the privileged pass rate before the last evaluation, run by
-run. With a column ``weight`` (and perhaps ``learning rate``) the table is of the tuning runs: ``pass@8 at 40, 80, 120``
+run. With a column ``weight`` or ``learning rate`` (1e-4 where there is none) the table is of the tuning runs: ``pass@8 at 40, 80, 120``
 and ``mean``. Other columns are free, but hold no intervals.
 """
 
@@ -39,8 +39,10 @@ def reports(folder):
     questions = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("question*.yaml"))]
     there = {run.arm for run in runs(folder)} | {run.seed for run in runs(folder)}
     answered = [
-        q for i, q in enumerate(questions) if i == 0 or {q["baseline"], *q["family"], *q.get("seeds", ())} <= there
-    ]
+        q for i, q in enumerate(questions)
+        # Where keys are ignored, settings have other names than the arms.
+        if i == 0 or q.get("ignore") or {q["baseline"], *q["family"], *q.get("seeds", ())} <= there
+    ]  # fmt: skip
     return [build_report(runs(folder), Question(**question)) for question in answered]
 
 
@@ -142,7 +144,7 @@ def check_tuning(folder, header, rows):
         (arm,), named = names(row[0]), dict(zip(header, row, strict=True))
         found = [s for s in tuning(folder)["settings"] if s["label"].split(", ")[0] == arm]
         for title, *keys in COLUMNS:
-            chosen = re.match(r"[\d.e-]*\d", named.get(title, ""))
+            chosen = re.match(r"[\d.e-]*\d", named.get(title, "1e-4" if title == "learning rate" else ""))
             found = [s for s in found if not chosen or varied(s, keys) in (float(chosen[0]), None)]
         (setting,) = found
         name = None
@@ -177,7 +179,7 @@ def check_differences(folder, header, rows):
 
 def kind(header, rows):
     if header[0] == "arm" and all(names(row[0]) for row in rows):
-        return check_tuning if "weight" in header else check_outcomes
+        return check_tuning if {"weight", "learning rate"} & set(header) else check_outcomes
     return check_differences if all(re.fullmatch(r"`\w+` against `\w+`", row[0]) for row in rows) else None
 
 

@@ -168,8 +168,9 @@ class BestCheckpoint(_RunCheckpoint):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Settle the metric, and refuse one that no evaluation will have before anything is trained."""
         super().setup(trainer, pl_module, stage)
-        on_test = getattr(trainer.datamodule, "evaluated_split", None) == "test"
-        if stage == "fit" and on_test and self.monitor is not None:
+        if stage != "fit":
+            return
+        if getattr(trainer.datamodule, "evaluated_split", None) == "test" and self.monitor is not None:
             raise ConfigError(
                 "best_checkpoint.monitor must be null where data.evaluation_split is test (--config eval/test sets "
                 "both): what is reported must not choose the checkpoint"

@@ -17,7 +17,7 @@ from hdpo.experience import Experience
 from hdpo.files import run_folder, write_text
 from hdpo.rewards.boxed import last_boxed
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "evaluated_split"]
 
 
 class Evaluation(Callback):

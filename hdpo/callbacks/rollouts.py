@@ -172,8 +172,10 @@ class RolloutGeneration(Callback):
 
     # ------------------------------------------------------------------ evaluation
 
-    def _evaluate(self, trainer: Any, module: StationModule, batch: Experience) -> None:
-        """Add n sampled completions and a greedy one; the seeds are the same at every evaluation.
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Add ``batch.rollouts``, n sampled completions, and ``batch.greedy``; the seeds are those of every evaluation.
 
         Common random numbers make two evaluations of the same problems comparable problem by problem.
         """
@@ -181,30 +183,14 @@ class RolloutGeneration(Callback):
         own = prompts.sampling  # of a named evaluation source
         num_samples, temperature = own.num_samples or self.num_val_samples, own.temperature or self.val_temperature
         max_new_tokens = own.max_new_tokens or self.val_max_new_tokens
-        seeds = sample_seeds(module, Purpose.EVALUATION, 0, prompts.row, num_samples)
-        sampling = sampling_config(module, max_new_tokens, temperature)
-        sampled = sample(trainer, module, prompts.prompt_ids, seeds, sampling, measured, "rollouts")
-        self.check_sampler(trainer, module, batch, sampled, temperature, in_step=False)
-        sampling = sampling_config(module, max_new_tokens, 0.0)
-        greedy = sample(trainer, module, prompts.prompt_ids, seeds[:, :1], sampling, measured, "rollouts")
-        batch.rollouts, batch.greedy = (graded(module, c, prompts, measured) for c in (sampled, greedy))
+        seeds = sample_seeds(pl_module, Purpose.EVALUATION, 0, prompts.row, num_samples)
+        sampling = sampling_config(pl_module, max_new_tokens, temperature)
+        sampled = sample(trainer, pl_module, prompts.prompt_ids, seeds, sampling, measured, "rollouts")
+        self.check_sampler(trainer, pl_module, batch, sampled, temperature, in_step=False)
+        sampling = sampling_config(pl_module, max_new_tokens, 0.0)
+        greedy = sample(trainer, pl_module, prompts.prompt_ids, seeds[:, :1], sampling, measured, "rollouts")
+        batch.rollouts, batch.greedy = (graded(pl_module, c, prompts, measured) for c in (sampled, greedy))
         batch.rollouts.seeds, batch.rollouts.temperature = seeds, temperature
         batch.greedy.seeds, batch.greedy.temperature = seeds[:, :1], 0.0
 
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Add ``batch.rollouts`` and ``batch.greedy``."""
-        self._evaluate(trainer, pl_module, batch)
-
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Add ``batch.rollouts`` and ``batch.greedy``."""
-        self._evaluate(trainer, pl_module, batch)
-
-    def on_predict_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Add ``batch.rollouts`` and ``batch.greedy``."""
-        self._evaluate(trainer, pl_module, batch)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start

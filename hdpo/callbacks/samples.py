@@ -45,10 +45,9 @@ class SampleLogger(Callback):
         """Forget what was written after the checkpoint that the run is resumed from: it comes again."""
         path = run_folder(trainer) / "samples.jsonl"
         if trainer.is_global_zero and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # A killed run may leave half a line.
-            whole = [line for line in lines if line.endswith("\n")]
-            write_text(path, "".join(line for line in whole if json.loads(line)["step"] < trainer.global_step))
+            # Not by splitlines: a text may hold other characters that end a line. A killed run may leave half a line.
+            *whole, _ = path.read_text(encoding="utf-8").split("\n")
+            write_text(path, "".join(f"{line}\n" for line in whole if json.loads(line)["step"] < trainer.global_step))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Experience, batch_idx: int) -> None:
         """Write the step's samples on the first rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,7 +103,7 @@ def graded(
     for outcome in outcomes:
         measured.add(f"verifier/{outcome}", 1.0, None)
     groups = range(0, len(texts), max(num_samples, 1))
-    return Rollouts(
+    rollouts = Rollouts(
         completion_ids=completions.ids,
         completion_mask=completions.mask,
         sampler_logps=completions.logps,
@@ -112,3 +113,10 @@ def graded(
         texts=[texts[i : i + num_samples] for i in groups],
         parts=[[grade.parts for grade in grades[i : i + num_samples]] for i in groups],
     )
+    if grades and not rollouts.has_verdict.any():
+        why = ": ".join(filter(None, (outcomes[0], grades[0].detail)))
+        warnings.warn(
+            f"none of {len(grades)} completions got a verdict (the first: {why}), so nothing is learned from them",
+            stacklevel=2,
+        )
+    return rollouts

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 
 from hdpo.checkpoints import all_finite, read_header
 from hdpo.commands.parsing import config_file
 from hdpo.commands.suggestions import CommandParser
 from hdpo.errors import ConfigError, first_line
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
-from hdpo.policy.lora import LoRAConfig, is_adapter
+from hdpo.policy.lora import is_adapter
 
 __all__ = ["export_checkpoint", "main"]
 
@@ -74,10 +75,14 @@ def main(args: Sequence[str]) -> int:
     for file in options.config:
         content = yaml.safe_load(Path(config_file(file)).read_text(encoding="utf-8")) or {}
         settings.update((content.get("model") or {}).get("policy") or {})
-    if settings.get("lora"):
-        settings["lora"] = LoRAConfig(**settings["lora"])
     if "path" not in settings:
         raise ConfigError(f"--config: model.policy.path is in none of {', '.join(options.config)}")
-    export_checkpoint(PolicyConfig(**settings), options.ckpt_path, options.out)
+    reader = ArgumentParser(exit_on_error=False)
+    reader.add_argument("--policy", type=PolicyConfig)
+    try:
+        policy = reader.instantiate(reader.parse_object({"policy": settings})).policy
+    except ArgumentError as error:
+        raise ConfigError(f"--config: model.policy: {' '.join(str(error).split())}") from None
+    export_checkpoint(policy, options.ckpt_path, options.out)
     print(f"policy: {options.out}")
     return 0

@@ -172,6 +172,8 @@ class HDPOCLI(LightningCLI):
         config = self.config[command]
         self.folder = RunFolder.of(config["trainer"])
         resume, wanted = config["resume"], config["ckpt_path"]
+        if command == "predict" and config["return_predictions"] is None:
+            config["return_predictions"] = False  # they are in the file, and Lightning would keep all of them in memory
         if config.get("weights_only") is None:
             config["weights_only"] = True  # a checkpoint's pickle must not run code
         if resume is not None and (command != "fit" or wanted is not None):
@@ -189,7 +191,7 @@ class HDPOCLI(LightningCLI):
                 raise _NothingToDo(f"{run} is finished: there is nothing to resume")
             where = f"{run} from {checkpoint.name}" if checkpoint else "nothing to resume: the run starts anew"
             if _get_rank() in (None, 0):
-                print(f"--resume auto: {where}", flush=True)
+                print(f"{'--resume auto' if resume else f'--ckpt_path {wanted}'}: {where}", flush=True)
         elif wanted is not None:
             read_header("--ckpt_path", wanted)
             checkpoint, run = Path(wanted), Path(wanted).resolve().parent.parent

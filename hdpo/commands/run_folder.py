@@ -216,7 +216,7 @@ def find_run(folder: RunFolder, config: str, name: str = "last") -> tuple[Path |
         unreadable: list[Path] = []
         for checkpoint in saved_checkpoints(run / "checkpoints", name):
             try:
-                read_header("--resume", checkpoint)
+                read_header("checkpoint", checkpoint)
             except ConfigError as error:
                 if _get_rank() in (None, 0):
                     print(f"{error}; the one before it is tried", file=sys.stderr)

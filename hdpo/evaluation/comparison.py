@@ -267,9 +267,8 @@ def build_report(runs: Sequence[Run], question: Question | None = None) -> dict[
     question = question or Question()
     notes: list[str] = []
     if question.seeds:
-        absent = set(question.seeds) - {run.seed for run in runs}
-        if absent:
-            raise ConfigError(f"--seeds: no run has seed {', '.join(map(str, sorted(absent)))}")
+        if missing := sorted(set(question.seeds) - {run.seed for run in runs}):
+            raise ConfigError(f"--seeds: no run has seed {', '.join(map(str, missing))}")
         runs = [run for run in runs if run.seed in question.seeds]
         notes.append(f"only runs with seed {', '.join(map(str, question.seeds))}")
     split = choose_split(runs, question.split)
@@ -277,6 +276,10 @@ def build_report(runs: Sequence[Run], question: Question | None = None) -> dict[
     if len(usable) < len(runs):
         notes.append(f"{len(runs) - len(usable)} of {len(runs)} runs have no evaluation on the {split} split")
     table = OutcomeTable(split)
+    for run in usable:
+        if absent := sorted(set(run.of_split(split)) - set(table.of(run))):
+            steps = ", ".join(map(str, absent))
+            notes.append(f"{run.folder}: evaluations at {steps} are of other problems than its last, so are left out")
     ks = common_k(usable, table)
     names = dict.fromkeys(["greedy_accuracy", *(f"pass@{k}" for k in ks), *question.primary])
     endpoints = [Endpoint.parse(name) for name in names]

@@ -49,14 +49,14 @@ class OutcomeTable:
 
     def __init__(self, split: str) -> None:
         self.split = split
-        self.evaluations = cache(lambda run_id: self._runs[run_id].of_split(split))
-        self._runs: dict[int, Run] = {}
-        self._values = cache(lambda run_id, step, metric: metric_values(self.evaluations(run_id)[step], metric))
+        self.of = cache(self._of)
+        self._values = cache(lambda run, step, metric: metric_values(self.of(run)[step], metric))
 
-    def of(self, run: Run) -> dict[int, Evaluation]:
-        """A run's evaluations by step."""
-        self._runs[id(run)] = run
-        return self.evaluations(id(run))
+    def _of(self, run: Run) -> dict[int, Evaluation]:
+        """A run's evaluations by step, of the problems of its last one: a continued run may have been given others."""
+        found = run.of_split(self.split)
+        last = found[max(found)]
+        return {step: one for step, one in found.items() if one.problems == last.problems}
 
     def steps(self, runs: Sequence[Run]) -> list[int]:
         """Steps at which all runs were evaluated; those after training began, if there are any."""
@@ -75,7 +75,7 @@ class OutcomeTable:
         if not mask.any():
             known = ", ".join(first.groups())
             raise ConfigError(f"--primary {endpoint.name}: there are no problems of these sources; they are {known}")
-        return np.stack([self._values(id(run), step, endpoint.metric)[mask] for step in steps])
+        return np.stack([self._values(run, step, endpoint.metric)[mask] for step in steps])
 
     def outcome(self, run: Run, steps: Sequence[int], endpoint: Endpoint) -> float:
         """Mean over problems and evaluations."""

@@ -39,7 +39,7 @@ _WITHOUT_DISTILLATION = ("distillation", "model.teacher", "model.divergence")
 """Sections without influence where nothing is distilled."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run of ``fit`` (or ``validate``, ``test``).
 

@@ -49,7 +49,19 @@ def described(value: Any) -> Any:
 def arguments(value: Any) -> dict[str, Any]:
     """Return the arguments of an object's constructor that it keeps under their names, as plain YAML."""
     kept = vars(value) if hasattr(value, "__dict__") else {}
-    return {name: described(kept[name]) for name in inspect.signature(type(value)).parameters if name in kept}
+    return {name: described(kept[name]) for name in _parameters(type(value)) if name in kept}
+
+
+def _parameters(kind: type) -> list[str]:
+    """Names of the constructor's parameters, with those of the base class that it hands ``**options`` on to."""
+    names = dict(inspect.signature(kind).parameters)
+    for base in kind.__mro__:
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values()):
+            break
+        if "__init__" in vars(base):
+            names = {n: p for n, p in names.items() if p.kind is not p.VAR_KEYWORD}
+            names |= inspect.signature(vars(base)["__init__"]).parameters
+    return list(names)
 
 
 def write_config(folder: Path, trainer: Any, module: Any) -> None:

@@ -235,10 +235,7 @@ class VLLMEngine(GenerationEngine):
         """The dtype that the policy computes in: autocast's, if active."""
         if self.dtype != "auto":
             return cast(torch.dtype, getattr(torch, self.dtype))
-        kind = policy.device.type
-        if torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        dtype = next(policy.model.parameters()).dtype
+        dtype = policy.compute_dtype
         return torch.float32 if dtype == torch.float64 else dtype
 
     # ------------------------------------------------------------------ start

@@ -145,14 +145,13 @@ def _table(record: dict[str, Any]) -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    defaults = Recipe()
     parser = argparse.ArgumentParser(prog="python -m hdpo.lab.build", description=__doc__)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, help="folder for a new policy")
     target.add_argument("--evaluate-only", type=Path, metavar="DIR", help="score the policy in DIR and train nothing")
     parser.add_argument("--task", choices=TASKS, default=STORIES.name, help="the laboratory (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of everything (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: the laboratory's)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
     parser.add_argument("--problems", type=int, default=100, help="held-out problems per tier (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=16, help="samples per problem (default: %(default)s)")
     options = parser.parse_args(args)
@@ -161,7 +160,9 @@ def main(args: Sequence[str] | None = None) -> int:
             raise ValueError("--problems must be at least 1 and --samples at least 8 (for pass@8)")
         task, recipe = TASKS[options.task], None
         if not options.evaluate_only:
-            recipe = replace(task.recipe, seed=options.seed, steps=options.steps)
+            recipe = replace(
+                task.recipe, seed=options.seed, steps=task.recipe.steps if options.steps is None else options.steps
+            )
             build(options.out, recipe, task)
         record = evaluate(
             options.evaluate_only or options.out,

@@ -5,10 +5,11 @@ A story of tier k applies k operations (plus, minus, double, triple) to a number
     Ben has 6 shells, triples them, loses 4. How many shells now?
     6*3=18. 18-4=14. So \boxed{14}
 
-:func:`foreign_rows` has the same stories with another hand's references, which name each result first; the policy's own
-way of writing stands beside it::
+:func:`foreign_rows` has the same stories with another hand's references, which name each result first, or write each
+step in other signs; the policy's own way of writing stands beside them::
 
     18=6*3. 14=18-4. So \boxed{14}
+    6*3 makes 18; 18-4 makes 14; So \boxed{14}
 
 Everything derives from the seed: row i of a split is the same on every machine and for every number of rows asked for.
 """
@@ -19,9 +20,10 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
-__all__ = ["NUM_TIERS", "Split", "Story", "draw_rows", "foreign_rows", "rows", "split_of"]
+__all__ = ["NUM_TIERS", "Split", "Story", "Style", "draw_rows", "foreign_rows", "rows", "split_of"]
 
 NUM_TIERS = 6
 MAX_VALUE = 99
@@ -36,6 +38,7 @@ VERBS = {"+": ("buys", "finds", "gets"), "-": ("gives", "loses", "sells")}
 FACTORS = {2: "doubles them", 3: "triples them"}
 
 Split = Literal["warmup", "train", "validation"]
+Style = Literal["result_first", "other_signs"]
 Story = Callable[[random.Random, int, Split], dict[str, str]]
 """Draws one row of a tier; it is drawn again until its problem is new and in the split."""
 
@@ -43,6 +46,7 @@ Story = Callable[[random.Random, int, Split], dict[str, str]]
 _WARMUP_BELOW, _TRAIN_BELOW = 45, 90
 
 _EQUATION = re.compile(r"(\S+)=(\d+)\.")
+_STYLES: Mapping[Style, str] = {"result_first": r"\2=\1.", "other_signs": r"\1 makes \2;"}
 
 # A draw is new and in the right split with a probability of a few per cent at the very least while problems are left.
 _MAX_DRAWS = 20_000
@@ -212,25 +216,36 @@ def _mixed_rows(
         yield next(streams[tier])
 
 
-def foreign_rows(num_problems: int | None = None, **options: Any) -> Iterator[dict[str, str]]:
+def foreign_rows(
+    num_problems: int | None = None, *, style: Style = "result_first", **options: Any
+) -> Iterator[dict[str, str]]:
     r"""Yield the rows of :func:`rows` with their references in a foreign hand.
 
     Args:
         num_problems: as for :func:`rows`.
+        style: ``"result_first"`` (who writes so has to compute a step before writing it), or ``"other_signs"`` (which
+            can be learnt: each result still follows from what stands before it).
         options: ``split``, ``seed`` and ``tiers`` of :func:`rows`.
 
     Yields:
-        the columns of :func:`rows`; ``generated_solution`` names each result before its operation, and ``own_solution``
-        is the solution as the policy writes it.
+        the columns of :func:`rows`; ``generated_solution`` is in the style, and ``own_solution`` is the solution as the
+        policy writes it.
+
+    Raises:
+        ValueError: an unknown style, or an error of :func:`rows`.
 
     Example:
         >>> row = next(foreign_rows(tiers=[2]))
         >>> row["generated_solution"], row["own_solution"]
         ('32=26+6. 35=32+3. So \\boxed{35}', '26+6=32. 32+3=35. So \\boxed{35}')
+        >>> next(foreign_rows(tiers=[2], style="other_signs"))["generated_solution"]
+        '26+6 makes 32; 32+3 makes 35; So \\boxed{35}'
     """
-    return map(_foreign, rows(num_problems, **options))
+    if style not in _STYLES:
+        raise ValueError(f"style must be one of {', '.join(_STYLES)}; got {style!r}")
+    return map(partial(_foreign, _STYLES[style]), rows(num_problems, **options))
 
 
-def _foreign(row: dict[str, str]) -> dict[str, str]:
+def _foreign(equation: str, row: dict[str, str]) -> dict[str, str]:
     own = row["generated_solution"]
-    return row | {"generated_solution": _EQUATION.sub(r"\2=\1.", own), "own_solution": own}
+    return row | {"generated_solution": _EQUATION.sub(equation, own), "own_solution": own}

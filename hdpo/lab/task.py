@@ -7,13 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from hdpo.data.prompts import PromptConfig
 from hdpo.lab import transfer
 from hdpo.lab.problems import foreign_rows, rows
 
-__all__ = ["FOREIGN", "LAB_PROMPTS", "STORIES", "TASKS", "TRANSFER", "Recipe", "Sizes", "Task", "ground_truth"]
+__all__ = [
+    "FOREIGN",
+    "LAB_PROMPTS",
+    "LEARNABLE",
+    "STORIES",
+    "TASKS",
+    "TRANSFER",
+    "Recipe",
+    "Sizes",
+    "Task",
+    "ground_truth",
+]
 
 # Short on purpose: the tiny policy pays for every token of its prompt.
 LAB_PROMPTS = PromptConfig(instruction="", privileged_template="Solution: {context}\n{problem}")
@@ -125,4 +137,13 @@ TRANSFER = Task(
 )
 """The privileged context is one formula: the steps must be worked out, and it alone tells the size of some words."""
 
-TASKS = {task.name: task for task in (STORIES, FOREIGN, TRANSFER)}
+LEARNABLE = replace(
+    FOREIGN,
+    name="learnable",
+    policy=Path(__file__).parent / "policy_learnable",
+    rows=partial(foreign_rows, style="other_signs"),
+    recipe=replace(FOREIGN.recipe, steps=2000),  # after 1,400 it still adds and subtracts badly
+)
+"""References in other signs than the policy's: as foreign, but a policy can learn to write so."""
+
+TASKS = {task.name: task for task in (STORIES, FOREIGN, LEARNABLE, TRANSFER)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -200,39 +200,11 @@ class ClippedPolicyLoss(PolicyLoss):
     Args:
         clip_eps_low: lower clip of the probability ratio, 1 - clip_eps_low; in [0, 1].
         clip_eps_high: upper clip, 1 + clip_eps_high.
-        advantage_scale: see :class:`PolicyLoss`.
-        aggregation: see :class:`PolicyLoss`.
-        mask_truncated: see :class:`PolicyLoss`.
-        count_zero_variance: see :class:`PolicyLoss`.
-        kl_coef: see :class:`PolicyLoss`.
-        sampler_correction: see :class:`PolicyLoss`.
-        sampler_correction_threshold: see :class:`PolicyLoss`.
-        off_policy_shaping: see :class:`PolicyLoss`.
+        options: see :class:`PolicyLoss`.
     """
 
-    def __init__(
-        self,
-        clip_eps_low: float = 0.2,
-        clip_eps_high: float = 0.2,
-        advantage_scale: AdvantageScale = "std",
-        aggregation: Aggregation = "token",
-        mask_truncated: bool = False,
-        count_zero_variance: bool = True,
-        kl_coef: float = 0.0,
-        sampler_correction: Correction = "none",
-        sampler_correction_threshold: float = 2.0,
-        off_policy_shaping: float = 0.1,
-    ) -> None:
-        super().__init__(
-            advantage_scale,
-            aggregation,
-            mask_truncated,
-            count_zero_variance,
-            kl_coef,
-            sampler_correction,
-            sampler_correction_threshold,
-            off_policy_shaping,
-        )
+    def __init__(self, clip_eps_low: float = 0.2, clip_eps_high: float = 0.2, **options: Any) -> None:
+        super().__init__(**options)
         if not 0 <= clip_eps_low <= 1:
             raise ConfigError(f"model.policy_loss.clip_eps_low must be in [0, 1], got {clip_eps_low}")
         check_at_least(0, model__policy_loss__clip_eps_high=clip_eps_high)

@@ -158,7 +158,7 @@ class _Group:
     def __init__(self, padded: bool) -> None:
         self.indices: list[int] = []
         self.padded = padded
-        self.total = self.longest = self.widest = 0
+        self.cost = self.total = self.longest = self.widest = 0
         self.prompts: set[int] = set()
 
     def cost_with(self, length: int, prompt: int | None, width: int) -> int:
@@ -169,17 +169,12 @@ class _Group:
         return (len(self.indices) + 1) * max(self.longest, length) + shared * max(self.widest, width)
 
     def add(self, index: int, length: int, prompt: int | None, width: int) -> None:
+        self.cost = self.cost_with(length, prompt, width)
         self.indices.append(index)
         self.total += length
         self.longest, self.widest = max(self.longest, length), max(self.widest, width)
         if prompt is not None:
             self.prompts.add(prompt)
-
-    @property
-    def cost(self) -> int:
-        if not self.padded:
-            return self.total
-        return len(self.indices) * self.longest + len(self.prompts) * self.widest
 
 
 def _fill(

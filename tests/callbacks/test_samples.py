@@ -77,6 +77,25 @@ def test_no_text_escapes_from_its_block(scored, module, watched, tmp_path):
     assert rows[1]["completions"][0]["text"] == HOSTILE
 
 
+def test_on_resume_later_samples_and_half_a_line_go_whatever_the_texts_hold(scored, module, watched, tmp_path):
+    """JSON leaves U+2028 and its like as they are, and ``str.splitlines`` takes them for ends of lines."""
+    batch, logger = finished(scored, module, watched), SampleLogger(every_n_steps=1)
+    batch.rollouts.texts[0] = ["a\u2028b\u2029c\x85d", "y"]
+    for watched.global_step in (3, 4, 5):
+        logger.on_train_batch_end(watched, module, None, batch, 0)
+    path = tmp_path / "samples.jsonl"
+    whole = path.read_text(encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "prob')
+    watched.global_step = 4
+    logger.on_train_start(watched, module)
+    kept = path.read_text(encoding="utf-8")
+    assert whole.startswith(kept)
+    rows = [json.loads(line) for line in kept.split("\n")[:-1]]
+    assert {row["step"] for row in rows} == {2, 3}
+    assert rows[-2]["completions"][0]["text"] == "a\u2028b\u2029c\x85d"
+
+
 def test_predictions_leave_repeated_problems_out(scored, module, watched, tmp_path):
     batch = finished(scored, module, watched)
     batch.greedy, batch.prompts.valid[2] = batch.rollouts, False

@@ -92,3 +92,11 @@ def test_a_configuration_without_a_policy_is_refused(tmp_path, checkpoint):
         main([f"--config={tmp_path / 'empty.yaml'}", *more])
     with pytest.raises(ConfigError, match=r"--config: there is no file .*missing.yaml"):
         main([f"--config={tmp_path / 'missing.yaml'}", *more])
+    for key, value, message in (
+        ("dtpe", "float32", "does not accept option 'dtpe'"),
+        ("dtype", "float3", r"policy.dtype.*float3"),
+        ("lora", {"r": 8, "rank": 4}, "rank"),
+    ):
+        (tmp_path / "odd.yaml").write_text(yaml.safe_dump({"model": {"policy": LAB | {key: value}}}))
+        with pytest.raises(ConfigError, match=rf"--config: model.policy: .*{message}"):
+            main([f"--config={tmp_path / 'odd.yaml'}", *more])

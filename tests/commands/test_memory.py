@@ -170,10 +170,10 @@ NORMS = (
     ("size", "arguments"),
     [
         ("1.5", ()),
-        ("1.5", LORA16),
         *(
             pytest.param(size, arguments, marks=pytest.mark.slow)
             for size, arguments in [
+                ("1.5", LORA16),
                 ("1.5", FLOAT32),
                 ("1.5", BF16),
                 ("1.5", KEPT),
@@ -260,7 +260,7 @@ def decode(config, architecture, num_prompts):
     [
         ((), 100, 6, 28),
         # The cache grows after 64 tokens.
-        (FLOAT32, 4030, 66, 2),
+        pytest.param(FLOAT32, 4030, 66, 2, marks=pytest.mark.slow),
         pytest.param((), 4090, 6, 28, marks=pytest.mark.slow),
         pytest.param(FLOAT32, 4090, 6, 28, marks=pytest.mark.slow),
         pytest.param(FSDP2, 4090, 6, 28, marks=pytest.mark.slow),

@@ -258,6 +258,20 @@ def test_what_limits_a_comparison_is_said(folder, tmp_path):
     assert {row["step"] for row in report["policies"]} == {40}
 
 
+def test_a_run_that_was_continued_with_other_problems_is_reported_on_its_later_ones(tmp_path):
+    made = evaluations(0, steps=(0, 40, 80))
+    made[0] = [row for row in made[0] if row["row"] < 20]
+    made[40] = [row | {"problem_hash": f"other {row['row']}"} for row in made[40]]
+    write_run(tmp_path / "run", evaluations=made)
+    runs = find_runs([tmp_path])
+    report = build_report(runs)
+    (setting,) = report["settings"]
+    assert setting["steps"] == [80]
+    expected = metric_values(runs[0].of_split("validation")[80], "pass@8").mean()
+    assert setting["outcome"]["pass@8"]["value"] == pytest.approx(expected)
+    assert "run: evaluations at 0, 40 are of other problems than its last, so are left out" in report["notes"][0]
+
+
 def test_without_a_baseline_there_are_numbers_but_no_comparisons(runs):
     some = [run for run in runs if run.weight > 0]
     report = build_report(some)

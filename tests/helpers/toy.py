@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from hdpo.callbacks import CliffDetection, DistillationRefresh, Evaluation, LastCheckpoint, RolloutGeneration
 from hdpo.data import OpenMathDataModule, PromptConfig, Selection, SourceConfig
 from hdpo.lab.task import LAB_PROMPTS
-from hdpo.losses import JSD, ClippedPolicyLoss, ForwardKL, GeneralizedJSD, ReverseKL, UpdateConfig
+from hdpo.losses import JSD, ClippedPolicyLoss, ForwardKL, GeneralizedJSD, PolicyLoss, ReverseKL, UpdateConfig
 from hdpo.module import HDPOModule
 from hdpo.optim import LinearWarmup
 from hdpo.policy import PolicyConfig
@@ -57,16 +57,16 @@ def module(**options: Any) -> HDPOModule:
         **options,
     }
 
-    def take(kind: Any, **defaults: Any) -> Any:
-        names = inspect.signature(kind).parameters
-        return kind(**{**defaults, **{name: given.pop(name) for name in list(given) if name in names}})
+    def take(kind: Any, *bases: Any) -> Any:
+        names = {name for one in (kind, *bases) for name in inspect.signature(one).parameters}
+        return kind(**{name: given.pop(name) for name in list(given) if name in names})
 
     tail, decay = given.pop("jsd_tail", "exact"), given.pop("teacher_decay", 0.99)
     teacher_weight = given.pop("teacher_weight", 0.5)
     divergence, teacher = given.pop("divergence", "jsd"), given.pop("teacher", "drifting")
     rollouts, distillation = given.pop("rollouts", {}), given.pop("distillation", {})
     return HDPOModule(
-        policy_loss=take(ClippedPolicyLoss),
+        policy_loss=take(ClippedPolicyLoss, PolicyLoss),
         update=take(UpdateConfig),
         divergence={
             "jsd": JSD(tail),

@@ -12,36 +12,43 @@ from hdpo.data.prompts import PromptRenderer
 from hdpo.lab.build import load
 from hdpo.lab.demo import read_curves
 from hdpo.lab.problems import foreign_rows, rows
-from hdpo.lab.task import FOREIGN, LAB_PROMPTS, STORIES
+from hdpo.lab.task import FOREIGN, LAB_PROMPTS, LEARNABLE, STORIES
 from hdpo.lab.warmup import WarmupBatches
 from hdpo.rewards import MathVerifier, Outcome
 from tests.helpers.record import StopAtStart
 
 TIERS = range(1, 7)
 PLAIN, CLIFFS = (1, 2, 3), (5, 6)
+STYLES = {  # a step, what finds the steps of a solution, and such a step in the own hand
+    "result_first": ("{}={}{}{}.", r"(\d+)=(\d+)([-+*])(\d+)\.", r"\2\3\4=\1."),
+    "other_signs": ("{1}{2}{3} makes {0};", r"(?=\S+ makes (\d+))(\d+)([-+*])(\d+) makes \d+;", r"\2\3\4=\1."),
+}
+TASKS = {"result_first": FOREIGN, "other_signs": LEARNABLE}
+
+every_style = pytest.mark.parametrize("style", STYLES)
 
 
 @pytest.fixture(scope="module")
-def lab():
-    return load(FOREIGN.policy)
+def labs():
+    return {style: load(task.policy) for style, task in TASKS.items()}
 
 
-@pytest.fixture(scope="module")
-def record():
-    return json.loads((FOREIGN.policy / "scores.json").read_text())
-
-
+@every_style
 @pytest.mark.parametrize("split", ["warmup", "train", "validation"])
-def test_rows_are_the_stories_with_each_result_first(split):
+def test_rows_are_the_stories_with_references_in_the_style(split, style):
     """So the splits are the stories': no problem is in two of them (tests/lab/test_problems.py)."""
-    for mine, story in zip(foreign_rows(600, split=split, seed=3), rows(600, split=split, seed=3), strict=True):
+    step, pattern, _ = STYLES[style]
+    mine_and_story = zip(
+        foreign_rows(600, split=split, seed=3, style=style), rows(600, split=split, seed=3), strict=True
+    )
+    for mine, story in mine_and_story:
         assert mine["own_solution"] == story["generated_solution"]
         assert {name: mine[name] for name in story if name != "generated_solution"} == {
             name: story[name] for name in story if name != "generated_solution"
         }
         steps, final = mine["generated_solution"].split(" So ")
-        equations = re.findall(r"(\d+)=(\d+)([-+*])(\d+)\.", steps)
-        assert steps == " ".join("{}={}{}{}.".format(*e) for e in equations)
+        equations = re.findall(pattern, steps)
+        assert steps == " ".join(step.format(*e) for e in equations)
         for result, a, operator, b in equations:
             assert int(result) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[operator]
         assert final == f"\\boxed{{{equations[-1][0]}}}" == f"\\boxed{{{mine['expected_answer']}}}"
@@ -51,10 +58,13 @@ def test_rows_are_the_stories_with_each_result_first(split):
 def test_bad_arguments_are_refused_at_the_call():
     with pytest.raises(ValueError, match="there are tiers 1 to 6"):
         foreign_rows(tiers=[7])
+    with pytest.raises(ValueError, match="style must be one of result_first, other_signs; got 'neat'"):
+        foreign_rows(style="neat")
 
 
-def test_the_verifier_accepts_both_hands_and_no_other_answer():
-    sample = list(foreign_rows(12, split="train"))
+@every_style
+def test_the_verifier_accepts_both_hands_and_no_other_answer(style):
+    sample = list(foreign_rows(12, split="train", style=style))
     truth = [row["expected_answer"] for row in sample for _ in range(3)]
     texts = [
         text
@@ -70,9 +80,10 @@ def test_the_verifier_accepts_both_hands_and_no_other_answer():
     assert [g.outcome for g in grades] == [Outcome.CORRECT, Outcome.CORRECT, Outcome.WRONG] * 12
 
 
-def test_the_warm_up_writes_its_own_hand_in_both_contexts(lab):
-    tokenizer = lab[1]
-    batches = WarmupBatches(tokenizer, FOREIGN.recipe, FOREIGN)
+@every_style
+def test_the_warm_up_writes_its_own_hand_in_both_contexts(labs, style):
+    tokenizer, (_, pattern, rewritten) = labs[style][1], STYLES[style]
+    batches = WarmupBatches(tokenizer, FOREIGN.recipe, TASKS[style])
     own = r"(\d+[-+*]\d+=\d+\. )+So \\boxed\{\d+\}<\|end\|>"
     for context, completion in islice(batches.plain_examples(), 200):
         text = tokenizer.decode(completion)
@@ -85,7 +96,7 @@ def test_the_warm_up_writes_its_own_hand_in_both_contexts(lab):
         text = tokenizer.decode(completion)
         assert re.fullmatch(own, text)
         if i % FOREIGN.recipe.answer_only_every:
-            assert re.sub(r"(\d+)=(\S+)\.", r"\2=\1.", shown) + "<|end|>" == text != shown + "<|end|>"
+            assert re.sub(pattern, rewritten, shown) + "<|end|>" == text != shown + "<|end|>"
             seen.add(text.count("="))
         else:
             assert shown.startswith("The final answer is ")
@@ -93,10 +104,12 @@ def test_the_warm_up_writes_its_own_hand_in_both_contexts(lab):
     assert seen == set(TIERS)
 
 
-def test_files_are_small_and_the_tokenizer_gives_every_text_back(lab):
-    assert sum(f.stat().st_size for f in FOREIGN.policy.iterdir()) < 1.5e6
+@every_style
+def test_files_are_small_and_the_tokenizer_gives_every_text_back(labs, style):
+    lab = labs[style]
+    assert sum(f.stat().st_size for f in TASKS[style].policy.iterdir()) < 1.5e6
     renderer = PromptRenderer(lab[1], LAB_PROMPTS)
-    for row in foreign_rows(60, split="train", seed=2):
+    for row in foreign_rows(60, split="train", seed=2, style=style):
         for text in (row["problem"], row["generated_solution"], row["own_solution"]):
             ids = lab[1].encode(text, add_special_tokens=False)
             assert lab[1].decode(ids) == text
@@ -107,9 +120,10 @@ def test_files_are_small_and_the_tokenizer_gives_every_text_back(lab):
         assert lab[1].decode(context) == shown
 
 
-def test_the_record_is_of_this_recipe_and_keeps_what_the_laboratory_promises(record):
-    recipe = json.loads(json.dumps(vars(FOREIGN.recipe)))
-    assert record["recipe"] == recipe
+@every_style
+def test_the_record_is_of_this_recipe_and_keeps_what_the_laboratory_promises(style):
+    record = json.loads((TASKS[style].policy / "scores.json").read_text())
+    assert record["recipe"] == json.loads(json.dumps(vars(TASKS[style].recipe)))
     assert not set(CLIFFS) & set(FOREIGN.recipe.plain_tiers)
     scores = record["scores"]
     assert min(scores[f"tier{t}"]["greedy"] for t in PLAIN) >= 0.9
@@ -153,16 +167,21 @@ def built(config, overlay):
         ("lab", "with_tier5"),
         ("lab", "answer_only"),
         ("lab_foreign", "without_references"),
+        ("lab_foreign", "learnable"),
     ],
 )
-def test_overlays_reach_the_prompts(config, overlay, tmp_path, monkeypatch, lab):
+def test_overlays_reach_the_prompts(config, overlay, tmp_path, monkeypatch, labs):
     monkeypatch.chdir(tmp_path)
     prompts = built(config, overlay)
-    tokenizer = lab[1] if config == "lab_foreign" else load(STORIES.policy)[1]
+    style = "other_signs" if overlay == "learnable" else "result_first"
+    tokenizer = labs[style][1] if config == "lab_foreign" else load(STORIES.policy)[1]
     shown = [tokenizer.decode(ids).removeprefix("<|user|>Solution: ").split("\n")[0] for ids in prompts.privileged_ids]
     if overlay == "with_tier5":
         assert set(prompts.source) == {f"tier{t}" for t in TIERS}
         assert shown == prompts.solution
+    elif overlay == "learnable":
+        assert shown == prompts.solution
+        assert all(re.fullmatch(r"(\d+[-+*]\d+ makes \d+; )+So \\boxed\{\d+\}", text) for text in shown)
     else:
         assert shown == [f"The final answer is \\boxed{{{answer}}}." for answer in prompts.reference]
         assert all(prompts.solution) == (overlay == "answer_only") != (not any(prompts.solution))

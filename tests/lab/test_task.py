@@ -10,7 +10,7 @@ from hdpo.data.prompts import PromptConfig
 from hdpo.files import find_config, resolve_path
 from hdpo.lab.build import load
 from hdpo.lab.scoring import score_policy
-from hdpo.lab.task import FOREIGN, STORIES, TASKS, TRANSFER
+from hdpo.lab.task import FOREIGN, LEARNABLE, STORIES, TASKS, TRANSFER
 
 OTHERS = {
     "lab_foreign": (FOREIGN, "python:hdpo.lab.problems:foreign_rows", {}),
@@ -62,7 +62,15 @@ def test_training_reads_the_prompts_and_the_policy_of_the_warm_up(name, task):
     assert TASKS[task.name] is task
 
 
-@pytest.mark.parametrize("task", [FOREIGN, TRANSFER], ids=lambda task: task.name)
+def test_the_overlay_names_the_policy_whose_warm_up_read_its_references():
+    config = yaml.safe_load(Path(find_config("lab/learnable")).read_text())
+    assert Path(resolve_path(config["model"]["policy"]["path"])) == LEARNABLE.policy
+    assert config["data"]["source"]["kwargs"].pop("style") == LEARNABLE.rows.keywords["style"]
+    assert config["data"]["source"]["kwargs"] == read("lab_foreign")["data"]["source"]["kwargs"]
+    assert TASKS["learnable"] is LEARNABLE
+
+
+@pytest.mark.parametrize("task", [FOREIGN, LEARNABLE, TRANSFER], ids=lambda task: task.name)
 def test_recorded_scores_are_reproduced_on_a_sample(task):
     """Other problems, fewer of them: within four standard errors of a proportion, and one problem's worth besides."""
     number = 6

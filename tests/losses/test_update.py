@@ -256,7 +256,7 @@ def test_the_weight_of_distillation_is_a_factor_of_its_gradient():
 
 
 @pytest.mark.parametrize("off_policy", [False, True])
-@pytest.mark.parametrize("updates", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("updates", [(1, 1), pytest.param((2, 2), marks=pytest.mark.slow)])
 def test_the_host_reads_nothing_of_another_device_but_the_norms_and_what_was_measured(updates, off_policy):
     """At most one read a step beyond the clip's, however many micro-batches: what is selected comes from the host."""
     num_epochs, num_minibatches = updates
