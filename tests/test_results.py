@@ -215,6 +215,7 @@ def test_every_interval_that_is_stated_is_one_of_the_reports(page):
                 holm = {(f["setting"], f["endpoint"]): f["p_value_holm"] for f in report["family"]}
                 known += [(e, ()) for s in report["settings"] for e in s["outcome"].values()]
                 known += [(e, ()) for s in report["settings"] for g in s["by_source"].values() for e in g.values()]
+                known += [(e, ()) for s in report["settings"] for c in s["curves"].values() for e in c.values()]
                 known += [(row, ()) for row in report["by_source"]]
                 known += [(c, (c["p_value"], holm.get((c["setting"], c["endpoint"])))) for c in report["comparisons"]]
     stated = INTERVAL.findall(" ".join((ROOT / page).read_text(encoding="utf-8").split()))
