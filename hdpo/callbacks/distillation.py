@@ -8,7 +8,7 @@ are, who samples them and what is distilled on them are options: the rivals for 
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Callback
@@ -27,9 +27,15 @@ from hdpo.teacher import EMATeacher, teacher_topk
 
 __all__ = ["DistillationRefresh"]
 
-# The buffer holds plain containers: (student context, privileged context, completion), all token ids, and the prompt's
-# position in the global batch.
-_Entry = tuple[list[int], list[int], list[int], int]
+
+class _Entry(NamedTuple):
+    """What is distilled: a completion and both of its contexts (token ids), and its prompt's position in the run."""
+
+    context: list[int]
+    privileged: list[int]
+    completion: list[int]
+    position: int
+
 
 Whose = Literal["privileged", "reference", "failures"]
 Sampler = Literal["current", "initial", "ema"]
@@ -201,7 +207,7 @@ class DistillationRefresh(Callback):
         for j, i in enumerate(privileged.positions):
             kept = passed[j].nonzero()[:, 0].tolist()
             entries += [
-                (prompts.prompt_ids[i], prompts.privileged_ids[i], ids[j][s], int(prompts.index[i])) for s in kept
+                _Entry(prompts.prompt_ids[i], prompts.privileged_ids[i], ids[j][s], int(prompts.index[i])) for s in kept
             ]
             copies = sum(is_copy(rollouts.texts[j][s], prompts.solution[i]) for s in kept)
             for of, suffix in (("", ""), ("_by_source", f"/{prompts.source[i]}")):
@@ -229,7 +235,7 @@ class DistillationRefresh(Callback):
                 whole = [ids for ids, cut in zip(texts, left_out.tolist(), strict=True) if not cut]
                 measured.add("spent/solutions", 1, None)
             contexts = prompts.prompt_ids[i], prompts.privileged_ids[i]
-            entries += [(*contexts, ids, int(prompts.index[i])) for ids in whole]
+            entries += [_Entry(*contexts, ids, int(prompts.index[i])) for ids in whole]
         measured.add("privileged/kept", len(entries), None)
         return entries
 
@@ -239,9 +245,10 @@ class DistillationRefresh(Callback):
         """Let the teacher read the buffer, equal completions once; None where no rank has anything to distil."""
         first, counts = merge_equal([(*map(tuple, ids), index) for *ids, index in self._buffer])
         entries = [self._buffer[i] for i in first]
-        student = Sequences([e[0] for e in entries], [e[2] for e in entries])
-        privileged = Sequences([e[1] for e in entries], [e[2] for e in entries])
-        items = DistillationBatch(student, privileged, counts, [e[3] for e in entries])
+        completions = [e.completion for e in entries]
+        student = Sequences([e.context for e in entries], completions)
+        privileged = Sequences([e.privileged for e in entries], completions)
+        items = DistillationBatch(student, privileged, counts, [e.position for e in entries])
         batch.measurements.add("privileged/tokens", items.num_tokens, None)
         if self.target == "token":
             items.topk_ids = [torch.tensor(c, dtype=torch.int32)[:, None] for c in student.completion_ids]
@@ -277,13 +284,14 @@ class DistillationRefresh(Callback):
         """The buffer of every rank, where it outlives a step; Lightning saves rank 0's state only."""
         if self.refresh_every == 1:
             return {}
-        return {"buffers": gather_objects(self._buffer)}
+        # As plain containers: a checkpoint is read without running code.
+        return {"buffers": gather_objects([tuple(entry) for entry in self._buffer])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back this rank's buffer; on another number of ranks it is empty until the next refresh."""
         buffers = state_dict.get("buffers", [])
         if len(buffers) == world_size():
-            self._buffer = [(list(a), list(b), list(c), int(i)) for a, b, c, i in buffers[rank()]]
+            self._buffer = [_Entry(list(a), list(b), list(c), int(i)) for a, b, c, i in buffers[rank()]]
         elif buffers:
             rank_zero_warn(
                 f"the checkpoint's distillation buffer was filled by {len(buffers)} processes and cannot be split over "

@@ -47,12 +47,13 @@ NOT_LOWER_TESTABLE = (0.1, 0.9)
 """The same for the test against a margin, whose errors exceed .06 where outcomes are skewed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
     """How much higher the outcomes of one setting's runs are than the baseline's.
 
     Attributes:
         value: difference of the mean outcomes.
+        num_runs: runs of the baseline, and of the setting.
         low: lower end of the 95 % interval for other runs on these problems; None with one run on a side, or where
             no run differs from the others of its setting.
         high: upper end.
@@ -64,20 +65,19 @@ class Comparison:
         p_not_lower: Welch's t of the outcomes, one-sided, for "lower by the margin or more"; None without a margin.
         detectable: the smallest rise of the mean outcome that Welch's test finds at the level .05 in 80 % of
             experiments of this size; None where there is no test, or no such rise.
-        num_runs: runs of the baseline, and of the setting.
     """
 
     value: float
-    low: float | None
-    high: float | None
-    low_problems: float | None
-    high_problems: float | None
-    df: float | None
-    p_value: float | None
-    p_permutation: float | None
-    p_not_lower: float | None
-    detectable: float | None
     num_runs: tuple[int, int]
+    low: float | None = None
+    high: float | None = None
+    low_problems: float | None = None
+    high_problems: float | None = None
+    df: float | None = None
+    p_value: float | None = None
+    p_permutation: float | None = None
+    p_not_lower: float | None = None
+    detectable: float | None = None
 
 
 def _spread(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[float, float]:
@@ -230,28 +230,24 @@ def compare(
     """
     before, after = (np.asarray(side, dtype=np.float64) for side in (first, second))
     num_runs = len(before), len(after)
-    value = float(after.mean() - before.mean())
+    found = Comparison(float(after.mean() - before.mean()), num_runs)
     if min(num_runs) < 2 or _spread(log_odds(before), log_odds(after))[0] == 0:
-        return Comparison(value, None, None, None, None, None, None, None, None, None, num_runs)
-    low, high = _difference_interval(before, after, 0.0)
-    low_problems = high_problems = None
+        return found
+    found.low, found.high = _difference_interval(before, after, 0.0)
     if problems is not None:
         halves = (np.asarray(problems[1]) - np.asarray(problems[0]) + 1) / 2  # to [0, 1]
         half = 2 * 1.96 * math.sqrt(mean_variance(halves, strata)[0])
-        low_problems, high_problems = _difference_interval(before, after, half)
-    df = p_value = p_permutation = p_not_lower = detectable = None
+        found.low_problems, found.high_problems = _difference_interval(before, after, half)
     few, mean = min(num_runs), (before.mean() + after.mean()) / 2
     if tests and few >= MIN_RUNS and max(num_runs) <= MAX_RATIO * few:
         if TESTABLE[0] <= mean <= TESTABLE[1]:
-            p_value, df = welch(before, after)
-            detectable = detectable_difference(before, after)
+            found.p_value, found.df = welch(before, after)
+            found.detectable = detectable_difference(before, after)
             if few >= MIN_RUNS_PERMUTATION:
-                p_permutation = permutation_p(before, after)
+                found.p_permutation = permutation_p(before, after)
         if margin is not None and NOT_LOWER_TESTABLE[0] <= mean <= NOT_LOWER_TESTABLE[1]:
-            p_not_lower = not_lower(before, after, margin)
-    return Comparison(
-        value, low, high, low_problems, high_problems, df, p_value, p_permutation, p_not_lower, detectable, num_runs
-    )
+            found.p_not_lower = not_lower(before, after, margin)
+    return found
 
 
 def compare_policies(first: ArrayLike, second: ArrayLike, strata: Sequence[str] | None = None) -> tuple[float, ...]:

@@ -231,13 +231,17 @@ def _of_one_kind(
     """The micro-batches of one policy loss, not computed yet."""
     student = module.student
     packing = student.pack(items.sequences, module.update.micro_batch_tokens)
-    losses = [
-        _MicroBatch(
-            partial(module.policy_loss, student, reference, items, group, packing.layout, temperature, measured, name),
-            scale,
-        )
-        for group in packing.groups
-    ]
+    loss = partial(
+        module.policy_loss,
+        student,
+        reference,
+        items,
+        layout=packing.layout,
+        temperature=temperature,
+        measured=measured,
+        name=name,
+    )
+    losses = [_MicroBatch(partial(loss, group=group), scale) for group in packing.groups]
     return _even(module, losses, partial(_empty_loss, student, reference))
 
 
