@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# The confirmatory runs; may be killed and repeated at any moment. SEEDS as for `sweep`: a number, or seeds with commas.
+python -m hdpo sweep --config configs/lab.yaml --config configs/lab/with_tier5.yaml --config configs/eval/test.yaml \
+    --arms benchmarks/results/stories_with_tier5/arms/{grpo,hdpo,initial_frozen,sft_on_cliffs}.yaml --seeds "${SEEDS:-3}" --out runs/stories_with_tier5 \
+    -- --trainer.max_steps=200 --trainer.val_check_interval=40 --data.selection.num_train_problems=3200
