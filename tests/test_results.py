@@ -5,8 +5,8 @@ A folder there has ``question.yaml`` (and ``question_*.yaml`` for further famili
 rows of "a against b". The project's README names the folder (benchmarks/results/NAME) before the table. A header says
 what its column holds: ``pass@8`` or ``greedy``, of ``tiers 5 and 6``, of ``cliffs`` (the sources of the primary
 endpoint) or of all problems; ``runs`` or ``n``; ``last``, the privileged pass rate before the last evaluation, run by
-run. With a column ``weight`` or ``learning rate`` (1e-4 where there is none) the table is of the tuning runs: ``pass@8 at 40, 80, 120``
-and ``mean``. Other columns are free, but hold no intervals.
+run. With a column ``weight`` or ``learning rate`` (1e-4 where there is none) the table is of the tuning runs:
+``pass@8 at 40, 80, 120`` and ``mean``. Other columns are free, but hold no intervals.
 """
 
 import re

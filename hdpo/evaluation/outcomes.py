@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hdpo.errors import ConfigError
 from hdpo.evaluation.records import Evaluation, metric_values
-from hdpo.evaluation.runs import Run, name_settings
+from hdpo.evaluation.runs import Run, is_within, name_settings
 
 __all__ = ["Endpoint", "OutcomeTable", "Setting", "choose_split", "common_k", "group_runs"]
 
@@ -123,8 +123,9 @@ def group_runs(runs: Sequence[Run], aside: Sequence[str], table: OutcomeTable, n
         By weight, then by label.
     """
     labels, values = name_settings(runs, aside)
-    replicates = [tuple(str(run.config.get(key)) for key in ("seed_everything", *aside)) for run in runs]
-    chosen: dict[tuple[str, Any], tuple[Run, dict[str, Any]]] = {}
+    free = ("seed_everything", *aside)
+    replicates = [str(sorted((k, v) for k, v in run.config.items() if is_within(k, free))) for run in runs]
+    chosen: dict[tuple[str, str], tuple[Run, dict[str, Any]]] = {}
     for run, label, value, replicate in zip(runs, labels, values, replicates, strict=True):
         rival = chosen.get((label, replicate))
         if rival is not None:

@@ -15,7 +15,17 @@ from hdpo.errors import ConfigError
 from hdpo.evaluation.provenance import read_provenance
 from hdpo.evaluation.records import Evaluation, evaluation_files, read_gzip, read_records, write_gzip
 
-__all__ = ["ARM_FILE", "WEIGHT", "Run", "class_name", "find_runs", "flat_config", "name_settings", "write_compact"]
+__all__ = [
+    "ARM_FILE",
+    "WEIGHT",
+    "Run",
+    "class_name",
+    "find_runs",
+    "flat_config",
+    "is_within",
+    "name_settings",
+    "write_compact",
+]
 
 WEIGHT = "model.distillation_weight"
 """The key of lambda, by which runs are sorted; 0 is GRPO."""
@@ -86,7 +96,7 @@ class Run:
         privileged = [v for key, v in self.config.items() if "privileged" in key and key.endswith("_weight")]
         if self.weight == 0 and not any(privileged):
             aside += _WITHOUT_DISTILLATION
-        found = {key: value for key, value in self.config.items() if not _within(key, aside)}
+        found = {key: value for key, value in self.config.items() if not is_within(key, aside)}
         return {key: class_name(value) or value for key, value in found.items()}
 
 
@@ -100,7 +110,8 @@ def class_name(value: Any) -> _ClassName | None:
     return _ClassName(found[1]) if found else None
 
 
-def _within(key: str, sections: Iterable[str]) -> bool:
+def is_within(key: str, sections: Iterable[str]) -> bool:
+    """Whether a dotted key is one of ``sections``, or in one."""
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
@@ -245,7 +256,7 @@ def _varied(configs: Sequence[dict[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for config in configs for name in config)
     found = []
     for name in names:
-        asked = [c for c in configs if name in c or c.get(WEIGHT) or not _within(name, _WITHOUT_DISTILLATION)]
+        asked = [c for c in configs if name in c or c.get(WEIGHT) or not is_within(name, _WITHOUT_DISTILLATION)]
         if any(c.get(name, ...) != asked[0].get(name, ...) for c in asked):
             found.append(name)
     return found
@@ -298,7 +309,7 @@ def name_settings(runs: Sequence[Run], aside: Sequence[str] = ()) -> tuple[list[
         For each run the label of its setting, and its values of the keys that differ. The label is the arm's name
         where that says it all.
     """
-    configs = [{k: v for k, v in run.influences().items() if not _within(k, aside)} for run in runs]
+    configs = [{k: v for k, v in run.influences().items() if not is_within(k, aside)} for run in runs]
     # An option that is off in some runs and missing in others came with a later version, and is off in all of them.
     common = set.intersection(*map(set, configs)) if configs else set()
     configs = [{k: v for k, v in c.items() if k in common or v not in (None, False)} for c in configs]

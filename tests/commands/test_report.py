@@ -312,6 +312,17 @@ def test_two_groups_that_differ_in_seeds_alone(tmp_path):
     assert np.mean(found) <= 0.05 + 3 * (0.05 * 0.95 / 20) ** 0.5
 
 
+@pytest.mark.parametrize("ignored", ["data.group", "data"])
+def test_what_is_ignored_makes_runs_of_one_seed_repetitions_of_one_setting(tmp_path, ignored):
+    """A key or a whole section; and no run is taken for another one's double."""
+    for seed in range(3):
+        for group in range(2):
+            made = evaluations(10 * seed + group, steps=(0, 10))
+            write_run(tmp_path / f"{seed}-{group}", seed=seed, evaluations=made, data__group=group)
+    (setting,) = build_report(find_runs([tmp_path]), Question(ignore=[ignored]))["settings"]
+    assert (setting["num_runs"], sorted(setting["seeds"])) == (6, [0, 0, 1, 1, 2, 2])
+
+
 def test_the_test_split_is_reported_where_all_runs_have_it(folder, tmp_path):
     for seed in range(2):
         write_run(tmp_path / f"a{seed}", seed=seed, evaluations=evaluations(seed, split="test", num_samples=16))
