@@ -193,6 +193,13 @@ def test_the_tables_are_those_of_the_records(folder):
     assert set(shown) == {setting["label"] for setting in reports(folder)[0]["settings"]}  # no arm is left out
 
 
+def test_a_first_look_has_its_tuning_runs_tables():
+    folder = ROOT / "benchmarks/results/learnable"
+    (checked,) = [t for t in tables((folder / "README.md").read_text(encoding="utf-8")) if kind(*t[1:]) is check_tuning]
+    check_tuning(folder, *checked[1:])
+    assert len(checked[2]) == len(runs(folder, "tuning"))
+
+
 def test_the_projects_tables_are_those_of_the_records():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     checked = 0
