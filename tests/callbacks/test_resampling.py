@@ -3,6 +3,7 @@
 import pytest
 
 from hdpo.callbacks import Station
+from hdpo.callbacks.sampling import sample
 from hdpo.errors import ConfigError
 from hdpo.functional.random import Purpose, derive_seeds
 from tests.helpers import toy
@@ -50,6 +51,22 @@ def test_prompts_without_variance_are_exchanged_for_those_that_seeds_draw(tmp_pa
         assert getattr(once.prompts, name) == getattr(expected, name)
     num_sampled = 6 * 4 + 4 * before.count(False)
     assert once.measurements.means()["spent/completions"] == num_sampled
+
+
+def test_another_draw_has_seeds_of_its_own(tmp_path, monkeypatch):
+    """Else a prompt that is drawn again would be given the rollouts that it has had."""
+    asked = []
+
+    def noted(trainer, module, prompt_ids, seeds, *rest, **options):
+        asked.append(seeds)
+        return sample(trainer, module, prompt_ids, seeds, *rest, **options)
+
+    monkeypatch.setattr("hdpo.callbacks.rollouts.sample", noted)
+    fit(tmp_path, 2, steps=1)
+    first, *more = asked
+    assert len(more) == 2
+    assert len({seed for seeds in asked for seed in seeds.flatten().tolist()}) == sum(seeds.numel() for seeds in asked)
+    assert first.shape == (6, 4)
 
 
 def test_more_budget_leaves_fewer_groups_without_variance(tmp_path):
