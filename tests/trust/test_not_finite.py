@@ -38,8 +38,8 @@ class Tape(Callback):
 class BadLoss(ClippedPolicyLoss):
     """One micro-batch of the policy loss is NaN, as a sum whose gradient is finite."""
 
-    def __call__(self, student, reference, items, group, *others):
-        loss = super().__call__(student, reference, items, group, *others)
+    def __call__(self, *arguments, group, **options):
+        loss = super().__call__(*arguments, group=group, **options)
         bad = self.trainer.global_step == BAD and 0 in group
         return loss + torch.tensor(math.nan) if bad else loss
 
