@@ -174,6 +174,8 @@ _KEPT = ("cliff/fraction", "privileged/pass_rate", "privileged/kept", "privilege
 def write_compact(run: Run, path: Path) -> None:
     """Write a run's verdicts, configuration and provenance as one file of a few KB, which :func:`find_runs` reads.
 
+    Of folders that something was written to the name is kept alone: where they lie is one machine's business.
+
     Args:
         run: the run.
         path: the file, without its ending ``.run.jsonl.gz``.
@@ -181,7 +183,13 @@ def write_compact(run: Run, path: Path) -> None:
     spent = run.provenance.get("evaluations", {})
     recent = {k: {n: v for n, v in e.get("recent", {}).items() if n in _KEPT} for k, e in spent.items()}
     provenance = run.provenance | {"evaluations": {k: e | {"recent": recent[k]} for k, e in spent.items()}}
-    rows: list[dict[str, Any]] = [{"config": run.config, "arm": run.arm, "provenance": provenance}]
+    config = {
+        key: Path(value).name
+        if isinstance(value, str) and Path(value).is_absolute() and is_within(key, _ASIDE)
+        else value
+        for key, value in run.config.items()
+    }
+    rows: list[dict[str, Any]] = [{"config": config, "arm": run.arm, "provenance": provenance}]
     known: set[str] = set()
     for evaluation in run.evaluations.values():
         row: dict[str, Any] = dict(vars(evaluation))

@@ -1,5 +1,6 @@
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,13 +185,26 @@ def test_a_compact_run_is_the_run(tmp_path):
     (full,) = find_runs([tmp_path / "full"])
     write_compact(full, tmp_path / "small" / "r")
     (small,) = find_runs([tmp_path / "small"])
-    assert (small.config, small.arm, small.evaluations) == (full.config, full.arm, full.evaluations)
+    config = full.config | {"data.cache_dir": Path(full.config["data.cache_dir"]).name}
+    assert (small.config, small.arm, small.evaluations) == (config, full.arm, full.evaluations)
     assert small.spent("validation", 100)["recent"] == {"cliff/fraction": 0.2, "privileged/pass_rate": 0.5}
     assert small.spent("validation", 100)["train_seconds"] == 150.0
     content = (tmp_path / "small" / "r.run.jsonl.gz").read_bytes()
     write_compact(small, tmp_path / "small" / "r")
     assert (tmp_path / "small" / "r.run.jsonl.gz").read_bytes() == content
     assert b"so it is" not in gzip.decompress(content)
+
+
+def test_a_compact_run_does_not_say_where_the_machine_keeps_its_runs(tmp_path):
+    paths = {"trainer__logger__save_dir": "/home/me/runs", "data__cache_dir": "/scratch/cache"}
+    run(tmp_path / "run", model__policy__path="/models/qwen", **paths)
+    (full,) = find_runs([tmp_path / "run"])
+    assert full.config["trainer.logger.save_dir"] == "/home/me/runs"
+    write_compact(full, tmp_path / "small" / "r")
+    (small,) = find_runs([tmp_path / "small"])
+    changed = {key: value for key, value in small.config.items() if value != full.config[key]}
+    assert changed == {"trainer.logger.save_dir": "runs", "data.cache_dir": "cache"}
+    assert small.config["model.policy.path"] == "/models/qwen"
 
 
 def test_a_compact_run_of_the_laboratory_takes_a_few_kilobytes(tmp_path):
