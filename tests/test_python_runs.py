@@ -106,7 +106,7 @@ def test_report_and_show_read_it(runs, capsys):
     assert f"expected: {sample['reference']}" in capsys.readouterr().out
 
 
-def test_arguments_that_are_handed_on_to_a_base_class_are_described(tmp_path):
+def test_arguments_that_are_handed_on_to_a_base_class_are_described():
     """Else ``report`` would take two runs that differ in one of them for repetitions of each other."""
     assert arguments(MathVerifier(timeout=1.5, num_workers=3)) == {
         "profile": "strict", "num_workers": 3, "timeout": 1.5, "memory_limit": 4.0, "batch_timeout": 60.0,
