@@ -99,7 +99,7 @@ def test_resume_takes_the_command_lines_values(workplace):
     assert main(lab("fit", "--trainer.max_steps=2", "--ckpt_path", checkpoint, "--model.distillation_weight=0")) == 0
     config = yaml.safe_load((run_folder(workplace) / "config.yaml").read_text())
     assert config["model"]["distillation_weight"] == 0
-    from hdpo.lab.demo import read_curves
+    from tests.helpers.curves import read_curves
 
     curves = read_curves(run_folder(workplace))
     assert [step for step, _ in curves["loss/total"]] == [0, 1], "the same run's curves"
@@ -107,7 +107,7 @@ def test_resume_takes_the_command_lines_values(workplace):
 
 
 def test_curves_that_the_design_names(workplace):
-    from hdpo.lab.demo import read_curves
+    from tests.helpers.curves import read_curves
 
     assert main(lab("fit", "--trainer.max_steps=2", "--data.source.kwargs={'split':'train','tiers':[5,6]}")) == 0
     names = set(read_curves(run_folder(workplace)))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hdpo.cli import main
 from hdpo.files import resolve_path
-from hdpo.lab.demo import read_curves
+from tests.helpers.curves import read_curves
 
 LAB = Path(__file__).parent.parent / "configs" / "lab.yaml"
 STEPS = (0, 4, 9, 14, 19)

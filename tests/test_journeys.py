@@ -230,7 +230,7 @@ def test_three_evaluation_sources_in_one_table(home):
 def test_the_readmes_script(home):
     done = home.python(home.write("my_run.py", readme("python", "# my_run.py")))
     printed = float(re.search(r"tensor\(([\d.]+)", done.stdout)[1])
-    from hdpo.lab.demo import read_curves
+    from tests.helpers.curves import read_curves
 
     curves = read_curves(home.path / "lightning_logs/version_0")
     assert 0 <= printed <= 1

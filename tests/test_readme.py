@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,22 @@ def test_make_targets_exist():
 
 
 @pytest.mark.slow
+def test_make_demo(tmp_path, monkeypatch, capfd):
+    """The commands that the Makefile would run, on a hundredth of the work."""
+    listed = subprocess.run(["make", "-n", "demo", "SEEDS=1"], cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = [line for line in listed.stdout.splitlines() if "-m hdpo" in line]
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    assert main([*shlex.split(line)[3:], "--", *SMALL, *STEPS]) == 0
+    report = json.loads(Path("runs/demo/report/report.json").read_text(encoding="utf-8"))
+    arms = ["grpo", "sft_on_cliffs", "hdpo", "initial_frozen"]
+    assert sorted(setting["label"] for setting in report["settings"]) == sorted(arms)
+    assert {(row["first"][-11:], row["step"]) for row in report["policies"]} == {("grpo-seed_0", 2)}
+    assert "written to runs/demo/report" in capfd.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_commands_in_their_order(workplace, openmath_parquet, tiny_policy_dir):
     assert main(["fit", "--config", "configs/lab.yaml", *SMALL, *STEPS]) == 0, "the run that the commands speak of"
     ran = []
@@ -109,7 +126,7 @@ def test_what_is_brought_from_outside_runs(workplace, wanted):
 
 
 def test_rewards_of_several_parts(workplace):
-    from hdpo.lab.demo import read_curves
+    from tests.helpers.curves import read_curves
 
     (overlay,) = (text for text in blocks("yaml") if "weights:" in text)
     Path("overlay.yaml").write_text(overlay, encoding="utf-8")

@@ -122,6 +122,23 @@ def _comparisons(report: dict[str, Any], table: Any) -> list[Any]:
 
 
 def _by_source(report: dict[str, Any], table: Any) -> list[Any]:
+    sources = list(report["settings"][0]["by_source"])
+    if len(sources) < 2 or any(list(entry["by_source"]) != sources for entry in report["settings"]):
+        return []
+    whole = [endpoint for endpoint in report["endpoints"] if ":" not in endpoint]
+    number = report["question"]["last"]
+    shown = table(f"by source: before training, mean of the last {number} evaluations", ["setting", "metric", *sources])
+    for entry in report["settings"]:
+        for metric in (whole[0], whole[-1]):
+            cells = []
+            for source in sources:
+                before, after = (entry[when].get(source, {}).get(metric) for when in ("before", "by_source"))
+                cells.append((f"{before['value']:.3f} -> " if before else "") + f"{after['value']:.3f}")
+            shown.add_row(entry["label"], metric, *cells)
+    return [shown]
+
+
+def _differences_by_source(report: dict[str, Any], table: Any) -> list[Any]:
     sources = sorted({row["source"] for row in report["by_source"]})
     if len(sources) < 2:
         return []
@@ -167,7 +184,7 @@ def print_report(report: dict[str, Any]) -> None:
             made.add_column(Text(name), justify="left" if i == 0 or name in ("endpoint", "metric") else "right")
         return made
 
-    for part in (_outcomes, _runs, _comparisons, _by_source, _policies):
+    for part in (_outcomes, _by_source, _runs, _comparisons, _differences_by_source, _policies):
         for shown in part(report, table):
             console.print(shown)
     differ = sorted({key for entry in report["settings"] for key in entry["values"]})

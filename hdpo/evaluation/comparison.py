@@ -83,6 +83,11 @@ def _setting_entry(
             s: {e.metric: _mean([table.outcome(r, last, Endpoint(e.metric, (s,))) for r in runs]) for e in whole}
             for s in sources
         },
+        "before": {
+            s: {e.metric: _mean([table.outcome(r, [0], Endpoint(e.metric, (s,))) for r in runs]) for e in whole}
+            for s in sources
+            if all(0 in table.of(run) for run in runs)
+        },
         "curves": {
             e.name: {step: _mean([table.outcome(run, [step], e) for run in runs]) for step in sorted(table.of(runs[0]))
                 if all(step in table.of(run) for run in runs)}

@@ -172,7 +172,7 @@ def _steps(report: dict[str, Any], plt: Any) -> Any:
                 continue
             x, y = list(points), [p["value"] for p in points.values()]
             axis.plot(x, y, **style, markersize=4, label=_name(entry))
-            if entry["num_runs"] > 1:
+            if entry["num_runs"] > 2:  # two runs tell so little that their band would hide the others
                 low = [p["low"] if p["low"] is not None else p["value"] for p in points.values()]
                 high = [p["high"] if p["high"] is not None else p["value"] for p in points.values()]
                 axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -203,7 +203,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
     parts = {"tradeoff": _tradeoff, "sources": _sources, "steps": _steps}
     for name, part in parts.items():
         figure = part(report, plt)
-        figure.suptitle(f"{report['split']} split; 95 % intervals over runs (none for one run)", fontsize="medium")
+        figure.suptitle(f"{report['split']} split; 95 % intervals over runs", fontsize="medium")
         for axis in figure.axes:
             axis.grid(alpha=0.3)
         handles, labels = figure.axes[0].get_legend_handles_labels()

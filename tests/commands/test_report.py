@@ -140,6 +140,26 @@ def test_differences_by_source_have_intervals_and_no_tests(runs):
     assert not any(name.startswith("p") for row in report["by_source"] for name in row)
 
 
+def test_each_source_before_and_after(folder, runs, tmp_path, capsys):
+    main([str(folder), "--out", str(tmp_path), "--last", "2"])
+    printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    own = [run.of_split("validation") for run in runs if run.folder.name.startswith("jsd")]
+    for metric in ("greedy_accuracy", "pass@8"):
+        expected = []
+        for tier in (slice(0, 8), slice(8, 16), slice(16, 24)):
+            before, *after = (np.mean([metric_values(e[s], metric)[tier] for e in own]) for s in (0, 100, 120))
+            expected.append(f"{before:.3f} -> {np.mean(after):.3f}")
+        assert ["weight 1, JSD", metric, *expected] in printed
+
+
+def test_runs_without_an_evaluation_before_training_have_none_by_source(tmp_path, capsys):
+    write_run(tmp_path / "runs", evaluations=evaluations(0, steps=(20, 40)))
+    main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")])
+    printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    (row,) = [row for row in printed if row[1:2] == ["pass@8"] and len(row) == 5]
+    assert all(re.fullmatch(r"[01]\.\d{3}", cell) for cell in row[2:])
+
+
 def test_one_run_is_compared_as_a_policy(runs):
     report = build_report(runs)
     row = named(report, "policies", endpoint="pass@8")

@@ -152,6 +152,27 @@ def test_curves_stand_at_their_steps(report, figures):
     assert all(axis.get_xlabel() == "step" and axis.get_ylabel() for axis in figures["steps"].axes)
 
 
+def test_bands_are_drawn_from_three_runs_on(report, tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import to_rgb
+
+    runs = [2, 3, 2, 3]
+    settings = [setting | {"num_runs": n} for setting, n in zip(report["settings"], runs, strict=True)]
+    with monkeypatch.context() as patch:
+        patch.setattr(plt, "close", lambda figure: None)
+        draw(report | {"settings": settings}, tmp_path)
+        _, top, *_ = plt.gcf().axes
+    plt.close("all")
+    assert len(top.collections) == 2
+    assert [tuple(band.get_facecolor()[0][:3]) for band in top.collections] == [
+        to_rgb(line.get_color()) for line in top.lines if line.get_label().endswith("(3 runs)")
+    ]
+    curve = settings[1]["curves"]["pass@8"].values()
+    ends = [[p["value"] if p[end] is None else p[end] for p in curve] for end in ("low", "high")]
+    heights = top.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((min(ends[0]), max(ends[1])))
+
+
 def test_one_setting_can_be_drawn(report, tmp_path):
     alone = {**report, "settings": report["settings"][:1]}
     assert [path.name for path in draw(alone, tmp_path)] == ["tradeoff.png", "sources.png", "steps.png"]

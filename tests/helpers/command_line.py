@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from hdpo.cli import main
-from hdpo.lab.demo import read_curves
+from tests.helpers.curves import read_curves
 
 __all__ = ["fit"]
 

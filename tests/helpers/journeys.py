@@ -96,7 +96,7 @@ class Folder:
 
     def curves(self, run: str = "run") -> dict[str, dict[int, float]]:
         """TensorBoard's scalars: name -> step -> value."""
-        from hdpo.lab.demo import read_curves
+        from tests.helpers.curves import read_curves
 
         return {tag: dict(points) for tag, points in read_curves(self.path / "runs/mine" / run).items()}
 

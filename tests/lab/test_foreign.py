@@ -10,11 +10,11 @@ import pytest
 from hdpo.cli import main
 from hdpo.data.prompts import PromptRenderer
 from hdpo.lab.build import load
-from hdpo.lab.demo import read_curves
 from hdpo.lab.problems import foreign_rows, rows
 from hdpo.lab.task import FOREIGN, LAB_PROMPTS, LEARNABLE, STORIES
 from hdpo.lab.warmup import WarmupBatches
 from hdpo.rewards import MathVerifier, Outcome
+from tests.helpers.curves import read_curves
 from tests.helpers.record import StopAtStart
 
 TIERS = range(1, 7)

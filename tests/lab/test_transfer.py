@@ -12,13 +12,13 @@ import pytest
 from hdpo.cli import main
 from hdpo.data.prompts import PromptRenderer
 from hdpo.lab.build import load
-from hdpo.lab.demo import read_curves
 from hdpo.lab.problems import split_of
 from hdpo.lab.scoring import contexts
 from hdpo.lab.task import TRANSFER
 from hdpo.lab.transfer import DECOYS, SIZES, rows
 from hdpo.lab.warmup import WarmupBatches
 from hdpo.rewards import MathVerifier, Outcome
+from tests.helpers.curves import read_curves
 from tests.lab.test_foreign import SMALL
 
 GAINS = {"buys": 1, "finds": 1, "gets": 1, "gives": -1, "loses": -1, "sells": -1}
@@ -141,6 +141,22 @@ def test_the_hint_is_the_context_in_warm_up_scoring_and_training(lab, tmp_path, 
     assert curves["cliff/fraction"][0] >= 0.15
     assert curves["privileged/pass_rate"][0] >= 0.3  # cliffs of tier 4 are among them, which the hint does not open
     assert all(0 < curves["loss/distillation"][step] < 1 for step in (0, 1))
+
+
+@pytest.mark.slow
+def test_hdpo_is_the_same_where_references_are_withheld(tmp_path, monkeypatch):
+    """Its privileged context is the formula, so that its results with references are those without."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for name, overlay in (("with", []), ("without", ["--config", "lab/without_references"])):
+        place = ["--trainer.logger.init_args.version", name]
+        assert main(["fit", "--config", "lab_transfer", *overlay, *SMALL, "--trainer.max_steps=3", *place]) == 0
+        found.append(read_curves(Path("runs/lab_transfer", name)))
+    assert found[0]["privileged/pass_rate"][0][1] > 0
+    # Neither the clock nor what is said of solutions, where there are none.
+    compared = {tag for tag in found[0] if not re.match("time/|speed/|spent/seconds", tag) and "copy_rate" not in tag}
+    assert compared >= {"loss/total", "loss/distillation", "privileged/kept", "rollout/reward", "cliff/fraction"}
+    assert {tag for tag in compared if found[0][tag] != found[1].get(tag)} == set()
 
 
 def test_the_record_keeps_what_the_laboratory_promises():

@@ -105,7 +105,7 @@ def run(folder: Path, arguments: list[str]) -> int:
 
 def outcome(folder: Path) -> dict[str, Any]:
     """What has to be the same: weights, records, summary, samples, the state for the next step, the curves."""
-    from hdpo.lab.demo import read_curves
+    from tests.helpers.curves import read_curves
 
     run = folder / "runs/lab/version_0"
     summary = json.loads((run / "summary.json").read_text())
