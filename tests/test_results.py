@@ -18,12 +18,13 @@ import pytest
 import yaml
 
 from hdpo.evaluation.comparison import Question, build_report
+from hdpo.evaluation.figures import draw
 from hdpo.evaluation.runs import find_runs
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted({path.parents[1] for path in ROOT.glob("benchmarks/results/*/confirmatory/*.gz")})
 NUMBER = r"[+-]?\d*\.\d+|[+-]?\d+"
-INTERVAL = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\](?:, p = ({NUMBER}))?")
+INTERVAL = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\](?:, p = ({NUMBER}(?:e-\d+)?))?")
 
 every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 
@@ -53,8 +54,9 @@ def tuning(folder):
 
 def agrees(text, value):
     """Whether a number is the value as printed, to its last digit."""
-    digits = max(1, len(text.partition(".")[2]))
-    return value is not None and abs(float(text) - value) <= 0.5 * 10**-digits + 1e-9
+    mantissa, _, exponent = text.partition("e")
+    digits = len(mantissa.partition(".")[2]) - int(exponent) if exponent else max(1, len(mantissa.partition(".")[2]))
+    return value is not None and abs(float(text) - value) <= 0.5 * 10**-digits * (1 + 1e-6) + 1e-15
 
 
 def same(found, estimate):
@@ -210,6 +212,22 @@ def test_the_projects_tables_are_those_of_the_records():
             assert sorted(shown) == sorted(setting["label"] for setting in reports(folder)[0]["settings"])
             checked += 1
     assert checked
+
+
+def test_the_projects_figure_is_that_of_the_records(tmp_path):
+    """Words and lines alike; coordinates to a hundredth of a point, since machines round differently."""
+    matplotlib = pytest.importorskip("matplotlib")
+    path = ROOT / "benchmarks/figures/foreign.svg"
+    shown = path.read_text(encoding="utf-8")
+    if f"Matplotlib v{matplotlib.__version__}," not in shown:
+        pytest.skip("drawn by another version of matplotlib")
+    draw(reports(ROOT / "benchmarks/results/foreign")[0], tmp_path)
+    drawn = (tmp_path / "steps.svg").read_text(encoding="utf-8")
+    decimals = re.compile(r"-?\d+\.\d+")
+    assert decimals.sub("", shown) == decimals.sub("", drawn)
+    pairs = zip(decimals.findall(shown), decimals.findall(drawn), strict=True)
+    assert all(abs(float(a) - float(b)) <= 0.01 for a, b in pairs)
+    assert f"]({path.relative_to(ROOT)})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"benchmarks/results/{f.name}/README.md" for f in FOLDERS)])

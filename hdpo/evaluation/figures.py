@@ -161,8 +161,9 @@ def _sources(report: dict[str, Any], plt: Any) -> Any:
 
 
 def _steps(report: dict[str, Any], plt: Any) -> Any:
-    """Evaluations, cliffs and the privileged pass rate over steps."""
-    top = f"pass@{max(report['pass_k'])}"
+    """Evaluations (of the endpoint that decides, where one is named), cliffs, privileged pass rate, over steps."""
+    primary = (name for name in report["question"]["primary"] if name.startswith("pass@"))
+    top = next(primary, f"pass@{max(report['pass_k'])}")
     panels = [("curves", "greedy_accuracy"), ("curves", top), *(("training", name) for name in _TRAINING)]
     figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
     for axis, (kind, name) in zip(axes.flat, panels, strict=True):

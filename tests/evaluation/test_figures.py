@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hdpo.evaluation.comparison import build_report
+from hdpo.evaluation.comparison import Question, build_report
 from hdpo.evaluation.figures import draw, write_tensorboard
 from hdpo.evaluation.runs import find_runs
 from tests.evaluation.simulate import rates, rows, write_run
@@ -150,6 +152,23 @@ def test_curves_stand_at_their_steps(report, figures):
     assert [line.get_ydata() for line in cliffs.lines] == [pytest.approx([v] * 2) for v in (0.15, 0.15, 0.1, 0.1)]
     assert [line.get_label() for line in privileged.lines] == [line.get_label() for line in cliffs.lines[1:]]
     assert all(axis.get_xlabel() == "step" and axis.get_ylabel() for axis in figures["steps"].axes)
+
+
+def test_the_endpoint_that_decides_is_drawn(report, tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    runs = find_runs([path.parent for path in map(Path, {run["folder"] for run in report["runs"]})])
+    named = build_report(runs, Question(primary=["greedy_accuracy", "pass@8:math"], family=["weight 0.1, JSD"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(plt, "close", lambda figure: None)
+        draw(named, tmp_path)
+        greedy, top, *_ = plt.gcf().axes
+    plt.close("all")
+    assert (greedy.get_title(), top.get_title()) == ("greedy_accuracy", "pass@8:math")
+    setting = by_label(named)["weight 0"]
+    values = [setting["curves"]["pass@8:math"][step]["value"] for step in (0, 20, 40)]
+    assert values != [setting["curves"]["pass@8"][step]["value"] for step in (0, 20, 40)]
+    assert top.lines[0].get_ydata() == pytest.approx(values)
 
 
 def test_bands_are_drawn_from_three_runs_on(report, tmp_path, monkeypatch):
