@@ -1,5 +1,7 @@
 """Each benchmark's ``--help`` and a run of toy size, without TRL; what it writes is complete and plausible."""
 
+import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -7,12 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hdpo.lab.problems import rows as problems
 
 # Each starts processes that import everything anew.
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
+LAB = ROOT / "hdpo/lab/policy"
 
 
 def run(name, *arguments):
@@ -44,6 +51,7 @@ def rows(tmp_path, name, *arguments):
         "error_rates",
         "finite",
         "first_step",
+        "kl",
         "soak",
         "verdicts",
     ],
@@ -163,3 +171,31 @@ def test_the_first_step_on_a_file_is_taken_on_every_row_that_can_be_used(tmp_pat
     assert row["problems"] == 1000 - 10 - 1, "ten repeat another, one has no number"
     assert 0 < row["prepared_s"] < row["first_step_s"]
     assert row["cpu_s"] > 0
+
+
+def test_kl_is_that_of_the_two_policies(tmp_path, monkeypatch):
+    """A trained policy whose logits are the initial one's times 1.2, and one that was not trained at all."""
+    command = [sys.executable, "-m", "hdpo", "fit", "--config", "lab", "--print_config"]
+    config = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    initial = AutoModelForCausalLM.from_pretrained(LAB, dtype="float32")
+    folders = {name: tmp_path / f"{name}-seed_0" for name in ("same", "sharper")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        (folder / "config.yaml").write_text(config)
+        trained = AutoModelForCausalLM.from_pretrained(LAB, dtype="float32")
+        trained.lm_head.weight.data *= 1.0 if name == "same" else 1.2
+        trained.save_pretrained(folder / "policy")
+    same, sharper = rows(tmp_path, "kl", *folders.values(), "--problems", 12, "--samples", 1)
+    assert same["kl all"] == same["kl tier6"] == 0
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    found = importlib.import_module("kl").divergences(folders["sharper"], 12, 1)
+    assert sharper["kl all"] == sharper["all"][0] == pytest.approx(sum(found["all"]) / len(found["all"]))
+    # The first token of each completion, whose context is the prompt alone.
+    tokenizer = AutoTokenizer.from_pretrained(LAB)
+    for row in itertools.islice(problems(split="validation", seed=1), 6):
+        text = f"<|user|>{row['problem']}<|end|><|assistant|>"
+        with torch.no_grad():
+            logits = initial(**tokenizer(text, return_tensors="pt")).logits[0, -1].double()
+        p, q = (1.2 * logits).softmax(-1), logits.softmax(-1)
+        assert found[row["problem_source"]][0] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-3, abs=1e-7)
