@@ -75,7 +75,7 @@ mutants: $(READY) ## Break the code on purpose, one change at a time, and see wh
 
 BENCH := .venv-trl/bin/python benchmarks
 bench: .venv-trl/.ready ## The CPU benchmarks, into runs/bench; leave the machine alone meanwhile
-	@echo "== benchmarks (about 12 minutes on 2 cores)"
+	@echo "== benchmarks (about 9 minutes on 2 cores)"
 	$(BENCH)/update.py --json runs/bench/update.json
 	$(BENCH)/rollouts.py --repeats 5 --json runs/bench/rollouts.json
 	$(BENCH)/step.py --json runs/bench/step.json

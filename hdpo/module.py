@@ -86,7 +86,7 @@ class HDPOModule(LightningModule):
         privileged_policy_weight: float = 0.0,
         divergence: Divergence | None = None,
         teacher: Teacher | None = None,
-        update: UpdateConfig | None = None,
+        update: UpdateConfig = UpdateConfig(),
         pass_k: Sequence[int] = (1, 4, 8),
         rollouts: RolloutGeneration | None = None,
         cliffs: CliffDetection | None = None,
@@ -107,7 +107,7 @@ class HDPOModule(LightningModule):
         self.privileged_policy_weight = privileged_policy_weight
         self.divergence = instance_of("divergence", divergence, Divergence, JSD)
         self.teacher = instance_of("teacher", teacher, Teacher, DriftingTeacher)
-        self.update = update or UpdateConfig()
+        self.update = update
         self.pass_k = tuple(pass_k)
         self.scores = Scores({"": self.pass_k})
         self.rollouts = rollouts or RolloutGeneration()

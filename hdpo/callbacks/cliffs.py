@@ -18,7 +18,7 @@ __all__ = ["CliffDetection"]
 
 
 class CliffDetection(Callback):
-    """Marks the prompts all of whose rollouts failed, and logs who fell off, where from, and who has come back up.
+    """Marks the prompts all of whose rollouts failed, and logs which, of which sources, and which are solved later.
 
     A cliff needs a verdict on every rollout: one that could not be graded may have been a success. A prompt without
     success whose verdicts are not complete is counted as ``cliff/ungraded``.

@@ -139,6 +139,8 @@ def main(args: Sequence[str]) -> int:
     check_positive(**{"--memory_gb": options.memory_gb})
     config: dict[str, Any] = {_WAVE: 512, "model.optimizer": ""} | read_config(rest)
     check_at_least(1, **{key.replace(".", "__"): config.get(key) for key in _SIZES})
+    if "model.policy.path" not in config:
+        raise ConfigError("plan: model.policy.path is not set; name the policy with --config or --model.policy.path")
     devices = options.devices or _num_devices(config)
     plans = [(config["model.policy.path"], devices)]
     if options.table:

@@ -280,6 +280,20 @@ def test_a_folder_with_config_json_is_enough(capsys, tmp_path):
     assert there | {"policy": ""} == here | {"policy": ""}
 
 
+def test_a_configuration_needs_no_more_than_a_policy(capsys):
+    """The defaults of what it leaves out are counted as if they stood there."""
+    policy = ("--model.policy.path", "Qwen/Qwen2.5-1.5B")
+    stated = ("--model.update.micro_batch_tokens", "16384", "--model.update.num_minibatches", "1")
+    assert rows(capsys, *policy) == rows(capsys, *policy, *stated)
+    smaller = rows(capsys, *policy, "--model.update.micro_batch_tokens", "2048")["none", "transformers"]["update"]
+    assert float(smaller) < float(rows(capsys, *policy)["none", "transformers"]["update"])
+
+
+def test_without_a_policy_there_is_nothing_to_plan(capsys):
+    assert main(["plan"]) == 2
+    assert capsys.readouterr().err.startswith("hdpo: error: plan: model.policy.path is not set; name the policy with")
+
+
 def test_the_table_in_the_documentation_is_the_commands(capsys):
     assert main(["plan", *HDPO, "--table"]) == 0
     printed = capsys.readouterr().out
