@@ -105,7 +105,9 @@ def save_checkpoint(trainer: Any, folder: Path, name: str, num_kept: int) -> Non
         trainer.save_checkpoint(partial, weights_only=False)  # ends with a barrier
         if trainer.is_global_zero:
             _put_in_place(partial, path, folder / f"{name}.ckpt")
-            for old in saved_checkpoints(folder, name)[num_kept:]:
+            saved = saved_checkpoints(folder, name)
+            newest = saved.index(path)  # those of later steps are of a run whose place this one has taken
+            for old in saved[:newest] + saved[newest + num_kept :]:
                 _remove(old)
     except (OSError, CheckpointException) as error:
         _remove(partial)

@@ -153,6 +153,12 @@ class HDPOModule(LightningModule):
         """The initial policy, where there is a KL penalty."""
         return self.initial.policy(self.student) if self.policy_loss.kl_coef > 0 else None
 
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether anything is distilled that the teacher says or writes."""
+        is_read = self.distillation.target == "distribution" or self.distillation.sampled_by == "ema"
+        return self.distillation_weight > 0 and is_read
+
     def configure_callbacks(self) -> list[Callback]:
         """The stations, in the order in which they act; no list of callbacks can drop or reorder them.
 
@@ -180,7 +186,7 @@ class HDPOModule(LightningModule):
         if self.policy is not None:
             return
         self.policy = self._load_policy()
-        if self.distillation_weight > 0 and self.distillation.target == "distribution":
+        if self.reads_teacher:
             self.teacher.prepare(self.policy, self._load_policy)
         if self.policy_loss.kl_coef > 0 or (self.distillation_weight > 0 and self.distillation.sampled_by == "initial"):
             self.initial.prepare(self.policy, self._load_policy)
@@ -251,7 +257,8 @@ class HDPOModule(LightningModule):
             taken = update_policy(cast(Any, self), batch)
             if taken:
                 cast(Any, self.lr_schedulers()).step()
-                self.teacher.update(self.student)
+                if self.reads_teacher:
+                    self.teacher.update(self.student)
         self.is_updating = False
         if batch.started is not None:
             batch.measurements.add("time/step", time.perf_counter() - batch.started)
@@ -271,7 +278,8 @@ class HDPOModule(LightningModule):
         # Straight to the loggers: self.log would repeat a name's last value in every step that does not measure it
         # (a step without cliffs has no privileged pass rate).
         step = self.global_step - 1
-        if step % cast(Any, self.trainer).log_every_n_steps == 0:
+        interval = cast(Any, self.trainer).log_every_n_steps
+        if interval and step % interval == 0:  # Lightning's 0 logs nothing
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=step)
         for name, shown in (("reward", "rollout/reward"), ("cliffs", "cliff/fraction")):

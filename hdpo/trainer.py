@@ -76,6 +76,11 @@ def check_trainer(trainer: Any) -> None:
             "trainer.accumulate_grad_batches must stay 1, since one batch is one step: set "
             "model.update.micro_batch_tokens for less memory, data.prompts_per_step for larger batches"
         )
+    if trainer.limit_train_batches not in (0, 1.0) and not (trainer.fast_dev_run or trainer.overfit_batches):
+        raise ConfigError(
+            "trainer.limit_train_batches must stay null: the stream of prompts has no epochs, and each would begin "
+            "with the same prompts; set trainer.max_steps"
+        )
     if not trainer.val_check_interval:
         raise ConfigError(
             "trainer.val_check_interval must be a positive number of steps: for no evaluation set "

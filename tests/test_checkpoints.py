@@ -113,6 +113,17 @@ def test_the_one_before_is_kept_and_a_step_saved_twice_takes_the_link(tmp_path):
     assert os.readlink(tmp_path / "last.ckpt") == "last-000006.1.ckpt"  # relative: a run's folder can be moved
 
 
+@pytest.mark.parametrize("num_kept", [1, 2])
+def test_checkpoints_of_later_steps_give_way(tmp_path, num_kept):
+    """They are of a run that was killed, and whose place another has taken from an earlier step on."""
+    trainer = Trainer()
+    for step, kept in ((90, [90]), (100, [100, 90]), (10, [10]), (20, [20, 10]), (20, [20, 20])):
+        trainer.global_step = step
+        save_checkpoint(trainer, tmp_path, "best", num_kept=num_kept)
+        assert step_of(tmp_path / "best.ckpt") == step
+        assert [step_of(path) for path in saved_checkpoints(tmp_path, "best")] == kept[:num_kept]
+
+
 def test_a_folder_that_was_copied_is_replaced(tmp_path):
     (tmp_path / "last.ckpt").mkdir()
     (tmp_path / "last.ckpt" / "part").write_text("a copy")

@@ -262,6 +262,10 @@ def refused(capsys, arguments):
         # Lightning's keys that are ours here.
         (["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val must stay null: set model.update.max_grad_norm"),
         (["--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches must stay 1"),
+        (
+            ["--trainer.limit_train_batches=2"],
+            "trainer.limit_train_batches must stay null: the stream of prompts has no",
+        ),
         (["--trainer.val_check_interval=0"], "trainer.val_check_interval must be a positive number of steps"),
         (["--trainer.max_steps=-1"], "trainer.max_steps must be set"),
         # Unknown keys and words, with what would be right.

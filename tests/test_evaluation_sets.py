@@ -192,6 +192,23 @@ def test_one_source_has_one_name_in_fit_validate_and_test(workplace, capsys, giv
     assert tables["fit"] == tables["validate"], "of the same problems"
 
 
+def test_a_set_with_fewer_samples_than_the_largest_k_goes_through_to_the_end(workplace):
+    easy = {"path": "python:hdpo.lab.problems:rows", "kwargs": {"split": "validation", "tiers": [1]}}
+    sets = {"few": easy | {"num_samples": 2, "num_problems": 3}}
+    Path("few.yaml").write_text(yaml.safe_dump({"data": {"val_source": None, "val_sources": sets}}))
+    small = [
+        "--config", "lab", "--config", "few.yaml", "--model.pass_k=[1,2,4]", "--rollouts.num_val_samples=4",
+        "--data.prompts_per_step=2", "--rollouts.num_generations=2", "--rollouts.max_new_tokens=12",
+        "--data.selection.num_train_problems=8", "--model.verifier=tests.helpers.toy.BoxedVerifier",
+    ]  # fmt: skip
+    assert main(["fit", *small, "--trainer.max_steps=1", "--trainer.val_check_interval=1"]) == 0
+    run = Path("runs/lab/version_0")
+    after = json.loads((run / "summary.json").read_text())["after"]["all"]
+    assert {name for name in after if name.startswith("pass@")} == {"pass@1", "pass@2"}
+    assert (run / "policy").is_dir()
+    assert main(["validate", *small, "--ckpt_path", str(run / "checkpoints/last.ckpt")]) == 0
+
+
 def test_a_set_with_too_few_samples_is_refused():
     with pytest.raises(ConfigError, match=r"evaluation set 'few' has num_samples 2, but the smallest k .* is 4"):
         group_ks((4, 8), {"few": 2, "many": 8})

@@ -17,6 +17,7 @@ from hdpo.experience import Experience, Rollouts
 from hdpo.generation import TransformersEngine
 from hdpo.module import HDPOModule
 from hdpo.policy import Policy, PolicyConfig
+from hdpo.rewards import Grade
 from tests.helpers import toy
 from tests.helpers.reference import Options
 from tests.helpers.tolerances import EXACT, F32
@@ -229,6 +230,28 @@ def test_every_so_many_steps_what_a_step_measured_is_logged_under_its_number(tmp
     assert ours == [(step, watch.metrics[step]) for step in steps]
     expected = [{"reward": m["rollout/reward"], "cliffs": m["cliff/fraction"]} for m in watch.metrics]
     assert shown == [pytest.approx(values, rel=F32) for values in expected]
+
+
+def test_an_interval_of_0_logs_nothing(tmp_path):
+    notes = Notes()
+    toy.trainer(tmp_path, limit_val_batches=0, logger=notes, log_every_n_steps=0).fit(
+        toy.module(), datamodule=toy.datamodule(tmp_path)
+    )
+    assert not any("loss/total" in metrics for _, metrics in notes.metrics)
+
+
+class Whole(toy.BoxedVerifier):
+    def grade(self, completions, references, **columns):
+        grades = super().grade(completions, references, **columns)
+        return [Grade(grade.outcome, int(grade.reward)) for grade in grades]
+
+
+def test_rewards_may_be_whole_numbers(tmp_path):
+    tapes = [Tape(), Tape()]
+    for tape, verifier in zip(tapes, (toy.BoxedVerifier(), Whole()), strict=True):
+        module, easy = toy.module(verifier=verifier), toy.datamodule(tmp_path, source=toy.source("train", [1, 2]))
+        toy.trainer(tmp_path, tape, limit_val_batches=0).fit(module, datamodule=easy)
+    assert tapes[0].metrics[-1]["rollout/reward"] == tapes[1].metrics[-1]["rollout/reward"] > 0
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "ema"])

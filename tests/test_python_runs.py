@@ -1,6 +1,7 @@
 """A plain Trainer, without the command line: the same records, and ``report`` and ``show`` read them."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,13 +24,15 @@ from hdpo import (
     PolicyConfig,
     RolloutGeneration,
     SampleLogger,
+    Station,
     Verifier,
 )
 from hdpo.cli import main
 from hdpo.evaluation.records import read_records, recompute, record_path
-from hdpo.evaluation.runs import find_runs
+from hdpo.evaluation.runs import find_runs, name_settings
 from hdpo.evaluation.settings import arguments
 from hdpo.files import resolve_path
+from hdpo.optim import LinearWarmup
 from tests.helpers import toy
 
 
@@ -37,7 +40,7 @@ def right(completions, references):
     return [float(f"boxed{{{r}}}" in c) for c, r in zip(completions, references, strict=True)]
 
 
-def fit(folder, weight, *callbacks, logger=True, seed=3, verifier=None):
+def fit(folder, weight, *callbacks, logger=True, seed=3, verifier=None, **options):
     module = HDPOModule(
         PolicyConfig(path="pkg://hdpo.lab/policy"),
         verifier=verifier or FunctionVerifier({"right": right}, in_process=True),
@@ -46,6 +49,7 @@ def fit(folder, weight, *callbacks, logger=True, seed=3, verifier=None):
         rollouts=RolloutGeneration(num_generations=2, max_new_tokens=24, num_val_samples=2),
         pass_k=(1, 2),
         seed=seed,
+        **options,
     )
     data = toy.datamodule(folder, num_val_problems=4)
     trainer = Trainer(
@@ -142,6 +146,23 @@ class Mute(Verifier):
 
     def usable(self, references, **columns):
         return [True] * len(references)
+
+
+class Penalty(Station):
+    def __init__(self, per_token=0.001):
+        super().__init__()
+        self.per_token = per_token
+
+
+def test_stations_and_schedules_make_settings(tmp_path):
+    kinds = {"plain": (0, []), "again": (0, []), "penalty": (0, [Penalty()]), "warm-up": (9, [])}
+    for seed, (name, (steps, stations)) in enumerate(kinds.items()):
+        schedule = partial(LinearWarmup, num_warmup_steps=steps)
+        fit(tmp_path / name, 0.0, *stations, seed=seed, lr_scheduler=schedule)
+    found = find_runs([tmp_path])
+    labels = {run.folder.parts[-3]: label for run, label in zip(found, name_settings(found)[0], strict=True)}
+    assert labels["plain"] == labels["again"]
+    assert len(set(labels.values())) == 3
 
 
 def test_a_checker_that_fails_is_told_and_teaches_nothing(tmp_path):

@@ -92,6 +92,8 @@ CASES = {
     },
     "frozen teacher": {"teacher": "frozen"},
     "ema teacher": {"teacher": "ema", "teacher_decay": 0.6},
+    "ema teacher that nothing reads": {"teacher": "ema", "distillation_weight": 0.0},
+    "ema sampler, hard labels": {"sampled_by": "ema", "teacher": "ema", "target": "token", "divergence": "forward_kl"},
     "forward kl": {"divergence": "forward_kl"},
     "reverse kl": {"divergence": "reverse_kl"},
     "paper's tail": {"jsd_tail": "paper"},

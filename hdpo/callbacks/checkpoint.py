@@ -129,6 +129,10 @@ class LastCheckpoint(_RunCheckpoint):
             _expect_all_to_end()
         begun = trainer.state.fn == TrainerFn.FITTING and self._saved_step is not None
         if begun and alone and not spoilt:
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            if progress.total.processed < progress.total.ready:  # the step under way comes again
+                for count in (progress.total, progress.current):
+                    count.ready = count.started = count.processed = count.completed
             self._save(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -73,6 +73,10 @@ class CliffDetection(Callback):
             batch.off_policy = self._references(pl_module, batch)
         run_stations("after_cliffs", trainer, pl_module, batch)
 
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Experience, batch_idx: int) -> None:
+        """Remember the step's cliffs."""
+        self.history.finish()
+
     def _references(self, module: Any, batch: Experience) -> Rollouts:
         """The reference solutions of the cliffs, one per prompt; none for the others."""
         assert batch.is_cliff is not None

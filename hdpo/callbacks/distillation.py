@@ -212,7 +212,8 @@ class DistillationRefresh(Callback):
             copies = sum(is_copy(rollouts.texts[j][s], prompts.solution[i]) for s in kept)
             for of, suffix in (("", ""), ("_by_source", f"/{prompts.source[i]}")):
                 measured.add(f"privileged{of}/pass_rate{suffix}", len(kept), float(graded[j].sum()))
-                measured.add(f"privileged{of}/kept{suffix}", len(kept), None)
+                if self.completions == "privileged":  # of others, those count that are distilled in their place
+                    measured.add(f"privileged{of}/kept{suffix}", len(kept), None)
                 measured.add(f"privileged{of}/copy_rate{suffix}", copies, len(kept))
                 measured.add(f"privileged{of}/length{suffix}", lengths[j].sum(), self.num_privileged)
                 measured.add(f"privileged{of}/truncated{suffix}", rollouts.truncated[j].sum(), self.num_privileged)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from hdpo.callbacks.station import Station
 from hdpo.distributed import gather_objects
 from hdpo.evaluation.provenance import Spending, write_provenance
 from hdpo.evaluation.records import evaluation_files, read_records, recompute, record_path, write_gzip
@@ -117,7 +118,7 @@ class Evaluation(Callback):
         path = run_folder(trainer)
         if trainer.is_global_zero and records:
             records.sort(key=lambda r: (r["dataset"], r["row"], r["greedy"], r["sample"]))
-            write_config(path, trainer, module)
+            write_config(path, trainer, module, [c for c in trainer.callbacks if isinstance(c, Station)])
             write_provenance(path, split, step, self.spending.so_far())
             file = record_path(path / folder, step)
             write_gzip(file, records)
@@ -220,6 +221,7 @@ def _print_scores(title: str, after: dict[str, Any], folder: Path, before: dict[
     """Print the scores of all problems, each set and each source, with 95 % intervals."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     # any@k (the paper's estimate) is in the file; side by side with pass@k it would only confuse.
     found = {name for values in after.values() for name in values}
@@ -239,7 +241,8 @@ def _print_scores(title: str, after: dict[str, Any], folder: Path, before: dict[
             else "-"
             for name in names
         ]
-        table.add_row(source, str(values["num_problems"]), *cells)
+        # As text: a source or an interval with brackets would be read as markup.
+        table.add_row(*(Text(cell) for cell in (source, str(values["num_problems"]), *cells)))
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     console.print(f"run:    {folder}", soft_wrap=True)

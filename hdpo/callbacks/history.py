@@ -24,6 +24,8 @@ class Visit(NamedTuple):
 class CliffHistory:
     """The training problems that were a cliff at least once; the same on all ranks.
 
+    What a step notes counts from its end on: one that breaks off comes again when the run is resumed.
+
     Attributes:
         visits: row of the training problems -> its visits in the order of steps, first the one at which it was a cliff.
         distilled: row -> the last step at which completions of it were taken to be distilled.
@@ -32,6 +34,8 @@ class CliffHistory:
     def __init__(self) -> None:
         self.visits: dict[int, list[Visit]] = {}
         self.distilled: dict[int, int] = {}
+        self._seen: dict[int, Visit] = {}  # in the step under way
+        self._taken: dict[int, int] = {}
 
     def visit(self, batch: Experience, step: int) -> None:
         """Measure how former cliffs fare in a batch, then note its cliffs and them; all ranks must call it together.
@@ -61,14 +65,21 @@ class CliffHistory:
         for row, successes, verdicts in (entry for part in gather_objects(seen) for entry in part):
             others = together.get(row, (0, 0))
             together[row] = others[0] + successes, others[1] + verdicts
-        for row, both in sorted(together.items()):
-            self.visits.setdefault(row, []).append(Visit(step, *both))
+        self._seen = {row: Visit(step, *both) for row, both in sorted(together.items())}
+        self._taken = {}
 
     def distil(self, rows: Iterable[int], step: int) -> None:
         """Note the rows of this rank of which completions are distilled; all ranks must call it together."""
-        for row in (row for part in gather_objects(sorted(set(rows))) for row in part):
+        self._taken = {row: step for part in gather_objects(sorted(set(rows))) for row in part}
+
+    def finish(self) -> None:
+        """Take over what the step that has ended noted."""
+        for row, visit in self._seen.items():
+            self.visits.setdefault(row, []).append(visit)
+        for row, step in self._taken.items():
             self.visits.setdefault(row, [Visit(step, 0, 0)])  # a station of the user's may have made it a cliff
             self.distilled[row] = step
+        self._seen, self._taken = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Both, as tables of integers."""

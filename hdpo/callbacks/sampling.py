@@ -108,7 +108,7 @@ def graded(
         completion_mask=completions.mask,
         sampler_logps=completions.logps,
         truncated=completions.truncated,
-        rewards=torch.tensor([g.reward for g in grades]).view(completions.truncated.shape),
+        rewards=torch.tensor([float(g.reward) for g in grades]).view(completions.truncated.shape),
         outcomes=[outcomes[i : i + num_samples] for i in groups],
         texts=[texts[i : i + num_samples] for i in groups],
         parts=[[grade.parts for grade in grades[i : i + num_samples]] for i in groups],

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -170,6 +171,10 @@ class HDPOCLI(LightningCLI):
         """Find the checkpoint that is meant, and claim the run's folder, before anything is loaded or written."""
         command = self.subcommand
         config = self.config[command]
+        if config["trainer"].get("logger") in (None, True):  # Lightning's own default, in a folder that is known here
+            place = {"save_dir": config["trainer"].get("default_root_dir") or ".", "name": "lightning_logs"}
+            kind = "lightning.pytorch.loggers.TensorBoardLogger"
+            config["trainer"]["logger"] = Namespace(class_path=kind, init_args=Namespace(**place, version=None))
         self.folder = RunFolder.of(config["trainer"])
         resume, wanted = config["resume"], config["ckpt_path"]
         if command == "predict" and config["return_predictions"] is None:
@@ -180,12 +185,19 @@ class HDPOCLI(LightningCLI):
             raise ConfigError("--resume is for fit, and without --ckpt_path, which names a checkpoint itself")
         run = checkpoint = None
         if resume == "auto" or wanted in ("last", "best"):
+            for section in ("checkpoint", "best_checkpoint"):
+                if command == "fit" and config[section]["dirpath"] is not None:
+                    raise ConfigError(
+                        f"{section}.dirpath: --resume auto, --ckpt_path last and --ckpt_path best look into the runs' "
+                        "own folders, since nothing says whose the checkpoints elsewhere are; leave it null, or name "
+                        "the file with --ckpt_path"
+                    )
             text = self._parser(command).dump(config, skip_none=False)
             run, checkpoint = find_run(self.folder, text, wanted or "last")
             if wanted and checkpoint is None:
                 raise ConfigError(
                     f"--ckpt_path {wanted}: {self.folder.root} holds no run of this configuration with {wanted}.ckpt; "
-                    "name the file, or leave --ckpt_path out to start anew"
+                    f"name the file{', or leave --ckpt_path out to start anew' if command == 'fit' else ''}"
                 )
             if resume and run is not None and is_finished(run):
                 raise _NothingToDo(f"{run} is finished: there is nothing to resume")

@@ -28,6 +28,8 @@ _OPENING = re.compile(r"config\.yaml|hparams\.yaml|events\.out\.tfevents\..*|" +
 _PRODUCTS = ("checkpoints", "evaluations", "tests", "predictions.jsonl", "samples.jsonl", "skipped")
 #: Keys in which a run may differ from the one that it continues.
 _NOT_IDENTITY = ("ckpt_path", "resume", "weights_only", "config", "progress")
+#: Keys of the commands that do not train.
+_OF_OTHERS = ("verbose", "return_predictions")
 _NOT_IDENTITY_TRAINER = ("devices", "num_nodes", "enable_progress_bar", "default_root_dir")
 
 
@@ -179,7 +181,7 @@ def is_finished(run: Path) -> bool:
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """What makes two runs the same run, at different times."""
-    kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    kept = {key: value for key, value in config.items() if key not in (*_NOT_IDENTITY, *_OF_OTHERS)}
     kept["trainer"] = {k: v for k, v in (kept.get("trainer") or {}).items() if k not in _NOT_IDENTITY_TRAINER}
     logger = kept["trainer"].get("logger")
     for one in logger if isinstance(logger, list) else [logger]:
@@ -193,11 +195,11 @@ def _same_runs(folder: RunFolder, config: str) -> Iterator[Path]:
     wanted = _identity(yaml.safe_load(config))
     for run in folder.runs():
         try:
-            known = _identity(yaml.safe_load((run / _CONFIG).read_text(encoding="utf-8")))
+            known = yaml.safe_load((run / _CONFIG).read_text(encoding="utf-8"))
+            if _identity(known) == wanted and not any(key in known for key in _OF_OTHERS):
+                yield run
         except (OSError, yaml.YAMLError, AttributeError):
             continue
-        if known == wanted:
-            yield run
 
 
 def find_run(folder: RunFolder, config: str, name: str = "last") -> tuple[Path | None, Path | None]:

@@ -73,22 +73,25 @@ def _evaluated(folder: Path, wanted: str, number: int) -> tuple[list[str], set[s
     lines: list[str] = []
     ids: set[str] = set()
     for kind in ("evaluations", "tests"):
-        last: list[Row] = []
+        last: dict[tuple[str, int], list[Row]] = {}  # by set and row: a problem may stand in several
         for step, file in evaluation_files(folder / kind).items():
-            found = [row for _, row in read_gzip(file) if _is_meant(row, wanted)]
-            if not found:
-                continue
-            last = found
-            ids |= {row["problem_hash"] for row in found}
-            signs = {"correct": "1", "wrong": "0", "no_answer": "-"}
-            drawn = "".join(signs.get(row["outcome"], "?") for row in found if not row["greedy"])
-            (greedy,) = (row for row in found if row["greedy"])
-            answer = "no answer" if greedy["answer"] is None else f"answer {visible(greedy['answer'])}"
-            lines.append(f"{found[0]['split']} at step {step}: samples {drawn}, greedy {greedy['outcome']} ({answer})")
-        if last:
-            source, reference = visible(last[0]["source"]), visible(last[0]["reference"])
-            lines.append(f"  {source}  expected: {reference}  id {last[0]['problem_hash']}")
-            for row in sorted(last, key=lambda row: not row["greedy"])[: number + 1]:
+            found: dict[tuple[str, int], list[Row]] = {}
+            for _, row in read_gzip(file):
+                if _is_meant(row, wanted):
+                    found.setdefault((row["dataset"], row["row"]), []).append(row)
+                    ids.add(row["problem_hash"])
+            last = found or last
+            for (dataset, _), rows in found.items():
+                signs = {"correct": "1", "wrong": "0", "no_answer": "-"}
+                drawn = "".join(signs.get(row["outcome"], "?") for row in rows if not row["greedy"])
+                (greedy,) = (row for row in rows if row["greedy"])
+                answer = "no answer" if greedy["answer"] is None else f"answer {visible(greedy['answer'])}"
+                where = f"{rows[0]['split']}{f' {dataset}' if dataset else ''} at step {step}"
+                lines.append(f"{where}: samples {drawn}, greedy {greedy['outcome']} ({answer})")
+        for rows in last.values():
+            source, reference = visible(rows[0]["source"]), visible(rows[0]["reference"])
+            lines.append(f"  {source}  expected: {reference}  id {rows[0]['problem_hash']}")
+            for row in sorted(rows, key=lambda row: not row["greedy"])[: number + 1]:
                 lines.append(f"  {'greedy' if row['greedy'] else 'sample ' + str(row['sample'])}: {_verdict(row)}")
                 lines += _block(row["completion"])
             lines.append("")

@@ -184,6 +184,7 @@ class ProblemDataset:
 
     def __init__(self, table: pyarrow.Table, report: PreparationReport, fingerprint: str = "") -> None:
         self._columns = table
+        self._extra = tuple(json.loads(table["extra"][0].as_py())) if table.num_rows else ()
         self.report = report
         self.fingerprint = fingerprint
 
@@ -226,7 +227,7 @@ class ProblemDataset:
             prompt_ids=taken["prompt_ids"],
             privileged_ids=taken["privileged_ids"],
             valid=torch.tensor([True] * len(rows) if valid is None else list(valid), dtype=torch.bool),
-            columns={name: [values[name] for values in extra] for name in (extra[0] if extra else ())},
+            columns={name: [values[name] for values in extra] for name in self._extra},
         )
 
 

@@ -42,6 +42,9 @@ class ColumnMapping:
     extra: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for key in ("solution", "answer", "source", "context"):
+            if getattr(self, key) == "None":  # what jsonargparse makes of a null on the command line
+                object.__setattr__(self, key, None)
         for name in set(self.extra) & {"prompts", "completions", "references"}:
             raise ConfigError(f"columns.extra: verifiers know {name!r} as something else; rename the data's column")
 

@@ -293,7 +293,7 @@ def recompute(evaluation: Evaluation, ks: Sequence[int]) -> dict[str, dict[str, 
         with sets and sources in alphabetical order (a source called "all" appears as "source all").
 
     Raises:
-        ConfigError: a k exceeds the number of samples of every problem.
+        ConfigError: each k exceeds the number of samples of every problem.
 
     Example:
         >>> two = Evaluation(0, "test", "", (("", 0), ("", 1)), ("algebra", "sets"), ("10", "00"), "10")
@@ -307,7 +307,9 @@ def recompute(evaluation: Evaluation, ks: Sequence[int]) -> dict[str, dict[str, 
     result: dict[str, dict[str, Any]] = {}
     for name, mask in masks.items():
         part = evaluation.of(mask)
-        possible = [k for k in ks if k <= part.num_samples or k > most]
+        possible = [k for k in ks if k <= part.num_samples]
+        if most < min(ks):
+            possible = [min(ks)]  # which says how many samples it would take
         result[name] = {"num_problems": len(part.rows)}
         for metric in (*(f"pass@{k}" for k in possible), *(f"any@{k}" for k in possible), "greedy_accuracy"):
             values = metric_values(part, metric)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,14 @@ def _parameters(kind: type) -> list[str]:
     return list(names)
 
 
-def write_config(folder: Path, trainer: Any, module: Any) -> None:
+def write_config(folder: Path, trainer: Any, module: Any, stations: Sequence[Any] = ()) -> None:
     """Write ``config.yaml`` into the run's folder, unless there is one, as the command line's; tell the loggers, too.
 
     Args:
         folder: the run's.
         trainer: with the data module and, in ``fit``, the optimizer.
         module: the LightningModule.
+        stations: the user's own, which may change what is trained on.
     """
     path = folder / "config.yaml"
     if path.exists():
@@ -80,6 +81,10 @@ def write_config(folder: Path, trainer: Any, module: Any) -> None:
     if trainer.optimizers:
         (optimizer, *_) = trainer.optimizers
         model["optimizer"] = {"class_path": described(type(optimizer)), "init_args": described(optimizer.defaults)}
+    for wanted in trainer.lr_scheduler_configs[:1]:
+        state = wanted.scheduler.state_dict().items()
+        kept = {name: value for name, value in state if name not in ("last_epoch", "base_lrs") and name[0] != "_"}
+        model["lr_scheduler"] = {"class_path": described(type(wanted.scheduler)), "init_args": described(kept)}
     sections = {name: model.pop(name)["init_args"] for name in ("rollouts", "cliffs", "distillation")}
     data = trainer.datamodule
     sources = {} if data is None else {wanted.name: arguments(wanted.source) for wanted in data.sets}
@@ -88,7 +93,8 @@ def write_config(folder: Path, trainer: Any, module: Any) -> None:
         "model": model,
         **sections,
         "data": ({} if data is None else arguments(data)) | {"sources": sources},
-        "trainer": {name: described(getattr(trainer, name)) for name in _TRAINER},
+        "trainer": {name: described(getattr(trainer, name)) for name in _TRAINER}
+        | ({"callbacks": [described(station) for station in stations]} if stations else {}),
     }
     plain = json.loads(json.dumps(config))  # a number of numpy's is a float, but none to YAML
     write_text(path, _HEADER + yaml.safe_dump(plain, sort_keys=False))

@@ -27,15 +27,17 @@ def first_rows(worker: Any) -> dict[str, Tensor]:
     Norms whole, since all of their elements move in every step; of matrices the first rows. What vLLM has packed for a
     CPU's kernels is left out.
     """
-    rows = {}
-    for name, parameter in worker.get_model().named_parameters():
+    rows, model = {}, worker.get_model()
+    # Some policies (Phi-3, GLM-4) are packed themselves; vLLM's model says what each of its modules is made of.
+    first = _PACKED | {whole: parts[0] for whole, parts in getattr(model, "packed_modules_mapping", {}).items()}
+    for name, parameter in model.named_parameters():
         *parents, module, kind = name.split(".")
         if "norm" in module:
             num = len(parameter)
         else:
             num = _NUM_ROWS if parameter.dim() == 2 else _NUM_ELEMENTS
         if parameter.numel() and parameter.dim() <= 2:
-            rows[".".join([*parents, _PACKED.get(module, module), kind])] = parameter.detach()[:num].clone()
+            rows[".".join([*parents, first.get(module, module), kind])] = parameter.detach()[:num].clone()
     return rows
 
 

@@ -203,16 +203,17 @@ def _policy_losses(module: UpdatedModule, minibatch: _Minibatch, measured: Measu
     """The micro-batches of the policy loss, on plain prompts and where it is wanted on privileged ones.
 
     A token of a privileged rollout weighs ``privileged_policy_weight`` times as much as one of a plain rollout: both
-    sums are divided by the plain rollouts' denominator.
+    sums are divided by the plain rollouts' denominator, or where none of their tokens counts by the privileged ones'.
     """
     plain, privileged = minibatch.plain, minibatch.privileged
-    (denominator,) = all_sum([plain.denominator], module.device)
-    scale = 1.0 / max(denominator, 1.0)
+    own = 0.0 if privileged is None else privileged.denominator
+    denominator, own = all_sum([plain.denominator, own], module.device)
+    scale = 1.0 / max(denominator or own, 1.0)
     # Every rank adds its own counts: the merged mean is then (global sum) / (global count).
     measured.add("loss/policy", 0.0, plain.denominator)
     losses = _of_one_kind(module, plain, "policy", module.temperature, module.reference_policy, scale, measured)
     if privileged is not None:
-        measured.add("loss/privileged_policy", 0.0, plain.denominator)
+        measured.add("loss/privileged_policy", 0.0, plain.denominator if denominator else privileged.denominator)
         scale *= module.privileged_policy_weight
         temperature = module.privileged_temperature
         losses += _of_one_kind(module, privileged, "privileged_policy", temperature, None, scale, measured)

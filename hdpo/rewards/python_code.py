@@ -23,7 +23,8 @@ from hdpo.rewards.worker_verifier import WorkerVerifier
 __all__ = ["PythonCodeGrader", "PythonCodeVerifier"]
 
 _log = logging.getLogger(__name__)
-_FENCE = re.compile(r"^```(?:python|py)?[ \t]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```([^`\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+_PYTHON = ("", "python", "python3", "py")
 # The deadline of the worker that waits for the program: long after the program's own.
 _MARGIN = 10.0
 
@@ -129,7 +130,8 @@ class PythonCodeVerifier(WorkerVerifier):
 
 
 def _item(completion: str, tests: str) -> Grade | tuple[str, str, str]:
-    blocks = _FENCE.findall(completion)
+    fenced = _FENCE.findall(completion.replace("\r\n", "\n"))
+    blocks = [code for language, code in fenced if language.strip().lower() in _PYTHON]
     if not _compiles(tests):
         return Grade(Outcome.INVALID_REFERENCE, 0.0, "the problem has no tests, or they are not Python")
     return ("grade", blocks[-1], tests) if blocks else Grade(Outcome.NO_ANSWER, 0.0, "no fenced block of code")

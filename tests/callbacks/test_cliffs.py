@@ -1,13 +1,14 @@
 """Which prompts are cliffs."""
 
 from collections import defaultdict
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
-from hdpo.callbacks import CliffDetection, LastCheckpoint
+from hdpo.callbacks import CliffDetection, CliffReplay, LastCheckpoint, Station
 from hdpo.callbacks.history import CliffHistory, Visit
 from hdpo.measurements import Measurements
 from tests.helpers import toy
@@ -97,7 +98,7 @@ def test_a_negative_threshold_is_refused():
 # Former cliffs
 
 
-def seen(history, step, outcomes):
+def seen(history, step, outcomes, distilled=()):
     """A step with prompts {row: outcomes}, or pairs of them; "+" is a success, "-" a failure, "?" no verdict."""
     pairs = list(outcomes.items()) if isinstance(outcomes, dict) else outcomes
     success, verdict = (torch.tensor([[x in marks for x in text] for _, text in pairs]) for marks in ("+", "+-"))
@@ -110,15 +111,16 @@ def seen(history, step, outcomes):
         measurements=Measurements(),
     )
     history.visit(batch, step)
+    history.distil(distilled, step)
+    history.finish()
     return batch.measurements.means()
 
 
 def test_former_cliffs_and_the_steps_that_they_took():
     history = CliffHistory()
-    first = seen(history, 3, {1: "--", 2: "--", 3: "+-", 4: "-?", 6: "--"})
+    first = seen(history, 3, {1: "--", 2: "--", 3: "+-", 4: "-?", 6: "--"}, distilled=[2])
     assert first == {"cliff/seen_again": 0, "cliff_by_source/seen_again/odd": 0, "cliff_by_source/seen_again/even": 0}
     assert sorted(history.visits) == [1, 2, 6], "what was not graded is no cliff"
-    history.distil([2], 3)
     means = seen(history, 10, {1: "++", 2: "--", 3: "--", 4: "++"})
     assert (means["cliff/seen_again"], means["cliff/converted"], means["cliff/steps_to_success"]) == (0.5, 0.5, 7)
     assert (means["cliff_by_source/converted/odd"], means["cliff_by_source/converted/even"]) == (1, 0)
@@ -152,8 +154,7 @@ def test_the_history_goes_through_a_checkpoint(tmp_path):
     restored.load_state_dict(torch.load(tmp_path / "empty.pt", weights_only=True))
     assert (restored.history.visits, restored.history.distilled) == ({}, {})
     seen(history, 3, {5: "--", 2: "--"})
-    seen(history, 4, {5: "+-"})
-    history.distil([5, 7], 4)
+    seen(history, 4, {5: "+-"}, distilled=[5, 7])
     station = CliffDetection()
     station.history = history
     torch.save(station.state_dict(), tmp_path / "state.pt")
@@ -218,4 +219,45 @@ def test_in_a_run_former_cliffs_are_those_of_earlier_steps_also_after_a_resume(t
     (checkpoint,) = (tmp_path / "b").rglob("last.ckpt")
     rest, resumed = fit(tmp_path / "b", 8, checkpoint)
     assert [step[3] for step in rest] == [step[3] for step in steps[4:]]
+    assert (resumed.visits, resumed.distilled) == (history.visits, history.distilled)
+
+
+class BreaksOff(Station):
+    """Fails once, after everything of a step but the update, and notes where evaluations are made."""
+
+    def __init__(self, step=None):
+        self.step, self.evaluated = step, []
+
+    def after_distillation(self, trainer, pl_module, batch):
+        if trainer.global_step == self.step:
+            raise RuntimeError("boom")
+
+    def on_validation_start(self, trainer, pl_module):
+        self.evaluated.append(trainer.global_step)
+
+
+def test_a_step_that_breaks_off_comes_again(tmp_path):
+    """With former cliffs in the batch, whose return that step had noted already."""
+
+    def fit(folder, breaks_off, ckpt_path=None):
+        tape = Steps()
+        replay, last = CliffReplay(max_share=0.5, after_steps=1), LastCheckpoint(every_n_steps=100)
+        trainer = toy.trainer(
+            folder, tape, breaks_off, replay, last, max_steps=7, val_check_interval=3, limit_val_batches=1
+        )
+        module = toy.module(optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+        data = toy.datamodule(tmp_path, source=toy.source("train", [4, 6]), num_train_problems=12, num_val_problems=2)
+        with nullcontext() if breaks_off.step is None else pytest.raises(RuntimeError, match="boom"):
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return tape.steps, breaks_off.evaluated, module.cliffs.history
+
+    steps, evaluated, history = fit(tmp_path / "a", BreaksOff())
+    assert evaluated == [0, 3, 6, 7]
+    first, before, _ = fit(tmp_path / "b", BreaksOff(4))
+    assert len(first) == 4
+    (checkpoint,) = (tmp_path / "b").rglob("last.ckpt")
+    rest, after, resumed = fit(tmp_path / "b", BreaksOff(), checkpoint)
+    assert first + rest == steps
+    assert any(row in {r for rows, *_ in steps[:4] for r in rows} for row in rest[0][0]), "a former cliff is among them"
+    assert before + after == evaluated
     assert (resumed.visits, resumed.distilled) == (history.visits, history.distilled)

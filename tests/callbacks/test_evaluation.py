@@ -8,6 +8,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from hdpo.callbacks import BestCheckpoint
+from hdpo.callbacks.evaluation import _print_scores
 from hdpo.errors import ConfigError
 from hdpo.evaluation.provenance import provenance, read_provenance
 from hdpo.evaluation.records import COLUMNS, read_records
@@ -131,3 +132,15 @@ def test_nothing_is_chosen_on_the_test_problems(tmp_path):
         fit_best("auto")
     fit_best(None)
     assert not list(tmp_path.rglob("best.ckpt"))
+
+
+def test_names_with_brackets_are_printed_as_they_are(capsys, tmp_path):
+    one = {"value": 0.5, "low": 0.25, "high": 0.75}
+    scores = {
+        name: {"num_problems": 3, "pass@1": one, "greedy_accuracy": one} for name in ("all", "a [hard]", "f[/math]")
+    }
+    _print_scores("test", scores, tmp_path)
+    printed = capsys.readouterr().out
+    assert "a [hard]" in printed
+    assert "f[/math]" in printed
+    assert printed.count("0.500 [0.25, 0.75]") == 6

@@ -53,6 +53,7 @@ class Run:
         history.visit(batch, step)
         self.replay.after_cliffs(self.trainer, self.module, batch)
         history.distil(distilled, step)
+        history.finish()
         self.trainer.global_step += 1
         return batch
 

@@ -1,9 +1,12 @@
 """Dynamic sampling: groups without variance are exchanged for others that have some, within a budget."""
 
+from dataclasses import replace
+
 import pytest
 
 from hdpo.callbacks import Station
 from hdpo.callbacks.sampling import sample
+from hdpo.data import ColumnMapping
 from hdpo.errors import ConfigError
 from hdpo.functional.random import Purpose, derive_seeds
 from tests.helpers import toy
@@ -17,10 +20,11 @@ class Seen(Station):
         self.batches.append(batch)
 
 
-def fit(folder, num, steps=2, **options):
+def fit(folder, num, steps=2, data=None, **options):
     seen = Seen()
     module = toy.module(distillation_weight=0.0, rollouts={"max_resamples": num}, **options)
-    data = toy.datamodule(folder, **{"source": toy.source("train", [1, 3, 4, 6]), "num_train_problems": 60})
+    problems = {"source": toy.source("train", [1, 3, 4, 6]), "num_train_problems": 60} | (data or {})
+    data = toy.datamodule(folder, **problems)
     toy.trainer(folder, seen, max_steps=steps, limit_val_batches=0).fit(module, datamodule=data)
     return seen.batches, data.dataset("train")
 
@@ -51,6 +55,15 @@ def test_prompts_without_variance_are_exchanged_for_those_that_seeds_draw(tmp_pa
         assert getattr(once.prompts, name) == getattr(expected, name)
     num_sampled = 6 * 4 + 4 * before.count(False)
     assert once.measurements.means()["spent/completions"] == num_sampled
+
+
+def test_where_nothing_better_is_drawn_columns_of_the_users_own_do_no_harm(tmp_path):
+    source = replace(toy.source("train", [6]), columns=ColumnMapping(extra=["problem_source"]))
+    hard = {"source": source, "num_train_problems": 12, "prompts_per_step": 2}
+    batches, data = fit(tmp_path, 2, steps=2, data=hard)
+    assert not any(varied(batch)[i] for batch in batches for i in range(2)), "all are cliffs"
+    assert all(batch.prompts.columns == {"problem_source": ["tier6"] * 2} for batch in batches)
+    assert data.prompts([]).columns == {"problem_source": []}
 
 
 def test_another_draw_has_seeds_of_its_own(tmp_path, monkeypatch):

@@ -65,6 +65,15 @@ def test_a_key_moves_the_phases_that_it_should(before, arguments, changes):
     assert {phase: after[phase] - before[phase] for phase in PHASES} == changes
 
 
+def test_an_average_that_only_samples_is_counted():
+    """Hard labels need no teacher to read, but here it writes."""
+    labels = ("--config", "method/hard_labels", *EMA)
+    without, sampling = planned(*labels), planned(*labels, "--distillation.sampled_by", "ema")
+    assert {phase: sampling[phase] - without[phase] for phase in PHASES if phase in without} == dict.fromkeys(
+        [phase for phase in PHASES if without.get(phase)], WEIGHTS
+    ) | {phase: 0 for phase in without if not without[phase]}
+
+
 LORA = ("--model.policy.lora", "{r: 8, target_modules: [q_proj, down_proj]}")
 #: Two matrices for each of 28 layers' query projection (1,536 x 1,536) and down projection (8,960 x 1,536).
 ADAPTER = 28 * 8 * (1536 + 1536 + 8960 + 1536)

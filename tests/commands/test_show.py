@@ -85,6 +85,26 @@ def test_one_problem_over_all_evaluations(run, capsys):
     assert set(re.findall(r"id (\w{16})$", text, re.M)) == {name}
 
 
+def test_a_problem_of_two_sets_is_shown_of_each(run, capsys, tmp_path):
+    (tmp_path / "evaluations").mkdir()
+    for step in (0, 1):
+        name = f"evaluations/step_{step:06}.jsonl.gz"
+        lines = map(json.loads, gzip.decompress((run / name).read_bytes()).splitlines())
+        first = [row | {"dataset": "a"} for row in lines if row["row"] == 1]
+        second = [row | {"dataset": "b", "row": 0, "outcome": "no_answer", "answer": None} for row in first]
+        text = "".join(json.dumps(row) + "\n" for row in first + second)
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    text = shown(capsys, tmp_path, "--problem", first[0]["problem_hash"])
+    found = re.findall(r"^validation (\w) at step (\d): samples ([01-]+), greedy (\w+) \(", text, re.M)
+    assert [(name, step) for name, step, *_ in found] == [("a", "0"), ("b", "0"), ("a", "1"), ("b", "1")]
+    assert {(samples, greedy) for name, _, samples, greedy in found if name == "b"} == {
+        ("-" * (len(first) - 1), "no_answer")
+    }
+    assert text.count("  greedy: ") == 2
+    assert shown(capsys, tmp_path, "--problem", "b:0").count("validation b at step") == 2
+    assert "validation a" not in shown(capsys, tmp_path, "--problem", "b:0")
+
+
 def test_control_characters_are_spelled_out(run, capsys, tmp_path):
     (row, *_) = samples(run)
     row["completions"][0]["text"] = "one\n\x1b[31mtwo"

@@ -211,3 +211,11 @@ def test_a_runs_configuration_keeps_the_programs_order(capsys):
     assert (
         sections.index("seed_everything") < sections.index("trainer") < sections.index("model") < sections.index("data")
     )
+
+
+def test_null_on_the_command_line_is_no_column(workplace, capsys):
+    """Within a section that may be null itself, jsonargparse makes the text None of it."""
+    given = ["--data.val_source.path=gsm8k.jsonl", "--data.val_source.columns.problem=question",
+             "--data.val_source.columns.source=null", "--data.val_source.columns.solution=null",
+             "--data.val_source.columns.answer=answer", "--data.val_source.answer_pattern=####\\s*(.+)"]  # fmt: skip
+    assert main(["validate", "--config", "lab", *options(RUN), *given]) == 0

@@ -167,6 +167,7 @@ def former_cliffs(number):
     )
     history.visit(batch, 5)
     history.distil([[20], [21, 21, 12]][number], 5)
+    history.finish()
     return history.visits, history.distilled, merged_means(batch.measurements)
 
 

@@ -206,6 +206,13 @@ def test_results_are_strict_json_even_for_one_problem():
     assert result["math"]["pass@1"]["low"] < 0.3 < result["math"]["pass@1"]["high"] == 1.0
 
 
+def test_a_k_beyond_every_problems_samples_is_left_out_while_another_is_there():
+    two = Evaluation(0, "test", "", (("", 0), ("", 1)), ("a", "b"), ("10", "00"), "10")
+    assert recompute(two, (1, 2, 8)) == recompute(two, (1, 2))
+    with pytest.raises(ConfigError, match="pass@4 needs at least 4 samples"):
+        recompute(two, (8, 4))
+
+
 @pytest.mark.parametrize(
     ("metric", "message"),
     [

@@ -414,7 +414,8 @@ class Reference:
                 if kept and o.completions == "privileged":
                     self.buffer.append((index, prompts.prompt_ids[b], context, ids))
                 for of, suffix in (("", ""), ("_by_source", f"/{prompts.source[b]}")):
-                    count(f"privileged{of}/kept{suffix}", kept)
+                    if o.completions == "privileged":
+                        count(f"privileged{of}/kept{suffix}", kept)
                     means.add(f"privileged{of}/length{suffix}", len(ids))
                     means.add(f"privileged{of}/truncated{suffix}", truncated)
                     if outcome in ("correct", "wrong", "no_answer"):

@@ -219,6 +219,24 @@ def test_a_step_without_any_signal_is_a_step_all_the_same():
     assert "loss/distillation" not in means
 
 
+def test_privileged_rollouts_divide_by_their_own_tokens_where_no_plain_one_counts():
+    mine, theirs = (module(privileged_policy_weight=2.0, max_grad_norm=None) for _ in range(2))
+    for updated in (mine, theirs):
+        updated.policy_loss = ClippedPolicyLoss(count_zero_variance=False)
+    start, batch = weights(mine), with_privileged(experience([[0.0] * 3] * 4, distilled=()))
+    update_policy(mine, batch)
+    means, batch = batch.measurements.means(), with_privileged(experience([[0.0] * 3] * 4))
+    ((_, (items, temperature, weight)),) = [kinds for kinds, _ in parts_of(theirs, batch)]
+    everything, measured = list(range(len(items.sequences.prompt_ids))), Measurements()
+    loss = theirs.policy_loss(theirs.student, None, items, everything, "padded", temperature, measured)
+    assert items.denominator == 3 + 5 + 4 + 2
+    step = -0.05 * weight * gradient(theirs, loss) / items.denominator
+    assert (weights(mine) - start - step).norm() < TOLERANCE * step.norm()
+    assert step.norm() > 1e-3
+    assert means["loss/privileged_policy"] == pytest.approx(loss.item() / items.denominator, rel=TOLERANCE)
+    assert "loss/policy" not in means
+
+
 @pytest.mark.parametrize("options", [{}, {"num_epochs": 2}], ids=["one update", "several"])
 def test_no_forward_pass_is_larger_than_it_may_be(options):
     updated, sizes = module(micro_batch_tokens=25, **options), []

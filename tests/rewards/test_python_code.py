@@ -183,6 +183,27 @@ def test_completions_without_code_and_problems_without_tests(verifier):
     assert verifier.usable([None] * 9, tests=tests) == [True, True] + [False] * 7
 
 
+@pytest.mark.parametrize(
+    "completion",
+    [
+        f"It prints:\n```text\n3\n```\nThe program:\n{fenced(RIGHT)}",
+        f"{fenced(RIGHT)}\nIt prints:\n```text\n3\n```\n",
+        f"```bash\npip install x\n```\n```python\n{RIGHT}```",
+        f"```Python\n{RIGHT}```\n",
+        f"``` python3 \n{RIGHT}```",
+        fenced(RIGHT).replace("\n", "\r\n"),
+    ],
+    ids=["text before", "text after", "bash before", "capital", "python3", "crlf"],
+)
+def test_blocks_of_other_languages_are_not_the_program(verifier, completion):
+    assert outcomes(verifier.grade([completion], [""], tests=[TESTS])) == ["correct"]
+    assert outcomes(verifier.grade([completion.replace("2 *", "3 *")], [""], tests=[TESTS])) == ["wrong"]
+
+
+def test_a_program_in_another_language_is_none(verifier):
+    assert outcomes(verifier.grade(["```cpp\nint x;\n```"], [""], tests=[TESTS])) == ["no_answer"]
+
+
 def test_tests_in_the_reference():
     with PythonCodeVerifier(tests=None, num_workers=1) as verifier:
         assert verifier.usable(["assert f(2) == 4", "", None]) == [True, False, False]

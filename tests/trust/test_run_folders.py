@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -87,6 +88,50 @@ def test_last_with_nothing_to_find_is_refused(workplace, capsys):  # noqa: F811
     line = refused(capsys, lab("fit", "--ckpt_path=last"))
     assert "--ckpt_path last: runs/lab holds no run of this configuration with last.ckpt" in line
     assert not (workplace / "runs/lab").exists() or not list((workplace / "runs/lab").iterdir())
+
+
+def test_the_other_commands_find_the_run_of_a_configuration(workplace, capsys):  # noqa: F811
+    assert fit("--trainer.max_steps=2") == 0
+    run = run_folder(workplace)
+    for command, name in (("validate", "last"), ("test", "best"), ("predict", "last")):
+        options = [*FEW[:2], "--data.selection.num_test_problems=6"] if command == "test" else FEW
+        same = options == FEW
+        capsys.readouterr()
+        status = main(lab(command, *options, "--trainer.max_steps=2", f"--ckpt_path={name}"))
+        printed = capsys.readouterr()
+        if same:
+            assert status == 0
+            assert re.search(rf"--ckpt_path {name}: .*version_0 from {name}-\d+.ckpt", printed.out)
+        else:
+            assert status == 2, "of other data it is another run"
+            assert printed.err.rstrip().endswith("with best.ckpt; name the file")
+    # They are no runs to go on with.
+    (run / "finished").unlink()
+    assert fit("--trainer.max_steps=2", "--resume=auto") == 0
+    assert "version_0 from last-000002.ckpt" in capsys.readouterr().out
+
+
+def test_checkpoints_elsewhere_are_nobodys(workplace, capsys):  # noqa: F811
+    for key in ("checkpoint", "best_checkpoint"):
+        line = refused(capsys, lab("fit", *FEW, f"--{key}.dirpath=elsewhere", "--resume=auto"))
+        assert line.startswith(f"hdpo: error: {key}.dirpath: --resume auto")
+    assert fit("--trainer.max_steps=1", "--checkpoint.dirpath=elsewhere") == 0
+    assert (workplace / "elsewhere/last.ckpt").exists()
+
+
+def test_without_a_logger_of_ones_own_a_run_is_found_again(workplace, capsys):  # noqa: F811
+    nothing = ("--trainer.logger=null", "--trainer.default_root_dir=here", "--trainer.max_steps=2")
+    assert fit(*nothing, "--resume=auto") == 0
+    run = workplace / "here/lightning_logs/version_0"
+    assert checkpoints(run) == ["last-000001.ckpt", "last-000002.ckpt"]
+    (run / "finished").unlink()
+    (run / "checkpoints/last-000002.ckpt").unlink()
+    capsys.readouterr()
+    assert fit(*nothing, "--resume=auto") == 0
+    assert "version_0 from last-000001.ckpt" in capsys.readouterr().out
+    assert checkpoints(run) == ["last-000001.ckpt", "last-000002.ckpt"]
+    assert [p.name for p in (workplace / "here/lightning_logs").iterdir()] == ["version_0"]
+    assert not (workplace / ".lock").exists()
 
 
 def test_a_folder_that_holds_a_run_is_not_written_to(workplace, capsys):  # noqa: F811
