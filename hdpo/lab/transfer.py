@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 
 from hdpo.lab.problems import (
     FACTORS,
@@ -53,15 +54,6 @@ def _operations(rng: random.Random, tier: int, sizes: Sequence[int]) -> list[Ope
     ]
 
 
-def _results(value: int, operations: Sequence[Operation]) -> list[int]:
-    """Return the value after each operation."""
-    results = []
-    for operator, operand in operations:
-        value = apply_operation(value, operator, operand)
-        results.append(value)
-    return results
-
-
 def _clause(rng: random.Random, operation: Operation, word: str | None) -> str:
     operator, operand = operation
     if operator == "*":
@@ -94,21 +86,20 @@ def _story(rng: random.Random, tier: int, split: Split) -> dict[str, str]:
         name, thing, start = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, MAX_START)
         sizes = [rng.choice(DECOY_SIZES) if split == "warmup" else SIZES[word] for word in words]
         clauses, operations = _told(rng, tier, _operations(rng, tier, sizes), words)
-        results = _results(start, operations)
-        if all(1 <= result <= MAX_VALUE for result in results):
+        values = list(accumulate(operations, lambda value, told: apply_operation(value, *told), initial=start))
+        if all(1 <= value <= MAX_VALUE for value in values):
             break
-    formula, steps, value = str(start), [], start
-    for (operator, operand), result in zip(operations, results, strict=True):
+    formula, steps = str(start), []
+    for (operator, operand), (value, result) in zip(operations, pairwise(values), strict=True):
         formula = f"({formula}{operator}{operand})"
         pair = [value, operand]
         if operator != "-":
             rng.shuffle(pair)
         steps.append(f"{pair[0]}{operator}{pair[1]}={result}.")
-        value = result
     return {
         "problem": f"{', '.join([f'{name} has {start} {thing}', *clauses])}. How many {thing} now?",
-        "generated_solution": f"{' '.join(steps)} {rng.choice(FINALS)} \\boxed{{{value}}}",
-        "expected_answer": str(value),
+        "generated_solution": f"{' '.join(steps)} {rng.choice(FINALS)} \\boxed{{{values[-1]}}}",
+        "expected_answer": str(values[-1]),
         "problem_source": f"tier{tier}",
         "context": formula[1:-1],
     }
