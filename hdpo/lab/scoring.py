@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,8 +59,10 @@ def sample(
         {"do_sample": False} if num_samples is None else {"do_sample": True, "top_k": 0, "top_p": 1.0}
     )
     repeats = num_samples or 1
+    size = max(1, batch_size // repeats)
     texts: list[list[str]] = []
-    for batch in _chunks(prompts, max(1, batch_size // repeats)):
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
         length = max(map(len, batch))
         input_ids = torch.tensor([[pad_id] * (length - len(p)) + p for p in batch])
         written: Tensor = policy.generate(  # type: ignore[operator]  # the model's generation mixin is typed loosely
@@ -76,17 +78,8 @@ def sample(
     return texts
 
 
-def _chunks(items: Sequence[list[int]], size: int) -> Iterator[Sequence[list[int]]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 def _correct(texts: list[list[str]], answers: list[str]) -> Tensor:
     return torch.tensor([[last_boxed(t) == a for t in group] for group, a in zip(texts, answers, strict=True)])
-
-
-def _mean_pass_at_k(correct: Tensor, k: int) -> float:
-    return pass_at_k(correct.shape[1], correct.sum(1), k).mean().item()
 
 
 def score_policy(
@@ -129,8 +122,7 @@ def score_policy(
         )
         told = _correct(sample(policy, tokenizer, [p["answer"] for p in prompts], num_samples=4), answers)
         values = {
-            "pass@1": _mean_pass_at_k(plain, 1),
-            "pass@8": _mean_pass_at_k(plain, 8),
+            **{f"pass@{k}": pass_at_k(num_samples, plain.sum(1), k).mean().item() for k in (1, 8)},
             "greedy": greedy.double().mean().item(),
             "privileged": kept.double().mean().item(),
             "copied": (same & kept).sum().item() / max(1, kept.sum().item()),
