@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
@@ -58,16 +59,10 @@ def completion_ids(tokenizer: PreTrainedTokenizerBase, solution: str) -> list[in
 
 def collate(pairs: list[tuple[list[int], list[int]]], pad_id: int) -> Examples:
     """Pad ``(context, completion)`` token lists on the right; only the completion's tokens are labels."""
-    length = max(len(context) + len(completion) for context, completion in pairs)
-    input_ids = torch.full((len(pairs), length), pad_id)
-    mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, _IGNORED)
-    for i, (context, completion) in enumerate(pairs):
-        end = len(context) + len(completion)
-        input_ids[i, :end] = torch.tensor(context + completion)
-        mask[i, :end] = 1
-        labels[i, len(context) : end] = torch.tensor(completion)
-    return Examples(input_ids, mask, labels)
+    ids = [torch.tensor(context + completion) for context, completion in pairs]
+    labels = [torch.tensor([_IGNORED] * len(context) + completion) for context, completion in pairs]
+    parts = ((ids, pad_id), ([torch.ones_like(row) for row in ids], 0), (labels, _IGNORED))
+    return Examples(*(pad_sequence(rows, batch_first=True, padding_value=filler) for rows, filler in parts))
 
 
 def warmup_texts(num_problems: int, seed: int, task: Task = STORIES) -> Iterator[str]:
