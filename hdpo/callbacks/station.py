@@ -9,10 +9,8 @@ from lightning.pytorch import Callback
 
 from hdpo.experience import Experience
 from hdpo.generation.engine import GenerationEngine
-from hdpo.losses import Divergence, UpdateConfig
 from hdpo.policy import Policy
 from hdpo.rewards import Verifier
-from hdpo.teacher import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,10 +63,6 @@ class StationModule(Protocol):
 
     engine: GenerationEngine
     verifier: Verifier
-    teacher: Teacher
-    divergence: Divergence
-    distillation_weight: float
-    update: UpdateConfig
     device: torch.device
     seed: int
 
