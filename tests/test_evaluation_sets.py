@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from hdpo.cli import main
-from hdpo.commands.overlays import join_evaluation_sets
+from hdpo.commands.parsing import join_evaluation_sets
 from hdpo.errors import ConfigError
 from hdpo.evaluation.comparison import build_report
 from hdpo.evaluation.outcomes import Endpoint, OutcomeTable

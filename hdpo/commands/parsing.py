@@ -1,11 +1,12 @@
-"""Reading a command line: what is wrong in one line, and configuration files by name."""
+"""Reading a command line: what is wrong in one line, and configuration files by name and side by side."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from hdpo.commands.suggestions import SuggestingParser
 from hdpo.errors import ConfigError, first_line
 from hdpo.files import find_config
 
-__all__ = ["OneLineParser", "config_file", "find_cause", "with_config_files"]
+__all__ = ["OneLineParser", "config_file", "find_cause", "join_evaluation_sets", "with_config_files"]
 
 
 class OneLineParser(SuggestingParser, LightningArgumentParser):
@@ -63,16 +64,56 @@ def _explained(message: str) -> str:
     return message
 
 
+def _config_arguments(args: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Where the files of ``--config`` stand: position, what stands before the name in that argument, and the name."""
+    for i, argument in enumerate(args):
+        key, separator, value = argument.partition("=")
+        if key in ("--config", "-c") and separator:
+            yield i, f"{key}=", value
+        elif key in ("--config", "-c") and i + 1 < len(args):
+            yield i + 1, "", args[i + 1]
+
+
 def with_config_files(args: Sequence[str]) -> list[str]:
     """The arguments with every ``--config`` as the path of a YAML file: shipped configurations go by their names."""
     found = list(args)
-    for i, argument in enumerate(found):
-        key, separator, value = argument.partition("=")
-        if key in ("--config", "-c") and separator:
-            found[i] = f"{key}={config_file(value)}"
-        elif key in ("--config", "-c") and i + 1 < len(found):
-            found[i + 1] = config_file(found[i + 1])
+    for i, before, name in _config_arguments(args):
+        found[i] = before + config_file(name)
     return found
+
+
+_NAMED = ("val_sources", "test_sources")
+
+
+def join_evaluation_sets(args: Sequence[str]) -> list[str]:
+    """Return command-line arguments in which the named evaluation sets of all ``--config`` files count.
+
+    jsonargparse replaces a dictionary whole, so that of two recipes only the last would be evaluated.
+
+    Args:
+        args: the arguments; what comes after the last ``--config`` still overrides it. The files are readable YAML.
+
+    Returns:
+        The arguments, with one after the last ``--config`` for each section that several files have. A file in which a
+        section is null takes away what those before it say.
+    """
+    joined: dict[str, list[dict[str, Any]]] = {name: [] for name in _NAMED}
+    end = 0
+    for i, _, path in _config_arguments(args):
+        end = i + 1
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data: Any = content.get("data") if isinstance(content, dict) else None
+        for name in _NAMED if isinstance(data, dict) else ():
+            if isinstance(data.get(name), dict):
+                joined[name].append(data[name])
+            elif name in data:
+                joined[name].clear()
+    several = {name: parts for name, parts in joined.items() if len(parts) > 1}
+    extra = [
+        f"--data.{name}={json.dumps({key: value for part in parts for key, value in part.items()})}"
+        for name, parts in several.items()
+    ]
+    return [*args[:end], *extra, *args[end:]]
 
 
 class _UniqueKeys(yaml.SafeLoader):

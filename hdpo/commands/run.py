@@ -38,8 +38,7 @@ from hdpo.callbacks import (
     SampleLogger,
 )
 from hdpo.checkpoints import read_header, saved_checkpoints
-from hdpo.commands.overlays import join_evaluation_sets
-from hdpo.commands.parsing import OneLineParser, find_cause, with_config_files
+from hdpo.commands.parsing import OneLineParser, find_cause, join_evaluation_sets, with_config_files
 from hdpo.commands.run_folder import RunFolder, find_run, is_finished, mark_finished
 from hdpo.data import OpenMathDataModule
 from hdpo.data.batches import check_batch
