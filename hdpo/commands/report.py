@@ -206,13 +206,7 @@ def _write_compact(runs: Sequence[Run], folder: Path) -> None:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run ``python -m hdpo report``.
-
-    Args:
-        args: command-line arguments.
-
-    Returns:
-        The exit status, 0.
+    """Run ``python -m hdpo report``; returns the exit status, 0.
 
     Raises:
         ConfigError: there is no run, a run's files are broken, or the question names what is not there.

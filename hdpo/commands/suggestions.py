@@ -45,12 +45,7 @@ def _keys(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 class CommandParser(SuggestingParser, ArgumentParser):
-    """Options of a command about runs.
-
-    Args:
-        command: its name.
-        kwargs: of the parser.
-    """
+    """Options of a command about runs."""
 
     def __init__(self, command: str, **kwargs: Any) -> None:
         super().__init__(prog=f"python -m hdpo {command}", exit_on_error=False, **kwargs)

@@ -253,9 +253,6 @@ def _interrupt(*_: object) -> None:
 def main(args: Sequence[str]) -> int:
     """Run ``python -m hdpo sweep``, and its report at the end.
 
-    Args:
-        args: command-line arguments.
-
     Returns:
         0; the first status of a run that failed, after all others have run; or 75 where it was asked to end (SIGINT,
         SIGTERM) and can be repeated.

@@ -123,11 +123,6 @@ class Dropped(NamedTuple):
 class Collector:
     """What was seen and kept of one problem set on the way through its source.
 
-    Args:
-        wanted: the set.
-        selection: what is kept.
-        held_out: digests of problems that are left out.
-
     Attributes:
         report: what happened to the rows so far.
     """

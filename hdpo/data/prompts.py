@@ -117,10 +117,6 @@ def privileged_context(config: PromptConfig, solution: str, answer: str, context
 class PromptRenderer:
     """Renders problems through a chat template.
 
-    Args:
-        tokenizer: the policy's tokenizer.
-        config: see :class:`PromptConfig`.
-
     Attributes:
         chat_template: Jinja source of the template.
         generation_prompt: the tokens after the user's message, in which every context ends (in ChatML

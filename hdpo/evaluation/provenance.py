@@ -134,13 +134,7 @@ def write_provenance(folder: Path, split: str, step: int, spent: Mapping[str, An
     """Add an evaluation to ``provenance.json`` in a run's folder.
 
     The file names each code and machine that worked on the run, and for each evaluation, ``<split>/<step>``, what had
-    been spent.
-
-    Args:
-        folder: the run's.
-        split: of the evaluated problems.
-        step: of the evaluation.
-        spent: as :meth:`Spending.so_far` returns it.
+    been spent (:meth:`Spending.so_far`).
     """
     known = read_provenance(folder) or {"processes": [], "evaluations": {}}
     current = provenance()

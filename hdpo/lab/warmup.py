@@ -80,11 +80,6 @@ class WarmupBatches(IterableDataset[tuple[Examples, Examples]]):
 
     Contexts are rendered by the same :class:`~hdpo.data.prompts.PromptRenderer` as in reinforcement learning, so that
     the policy meets the same tokens there.
-
-    Args:
-        tokenizer: the laboratory's tokenizer.
-        recipe: see :class:`~hdpo.lab.task.Recipe`.
-        task: see :class:`~hdpo.lab.task.Task`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, task: Task = STORIES) -> None:
@@ -137,12 +132,7 @@ def new_policy(tokenizer: PreTrainedTokenizerBase, sizes: Sizes = STORIES.sizes)
 
 
 class WarmupModule(LightningModule):
-    """Supervised training of the laboratory's policy.
-
-    Args:
-        policy: the model to train.
-        recipe: see :class:`~hdpo.lab.task.Recipe`.
-    """
+    """Supervised training of the laboratory's policy."""
 
     def __init__(self, policy: PreTrainedModel, recipe: Recipe) -> None:
         super().__init__()

@@ -33,9 +33,6 @@ _QWEN25 = {
 def check_architecture(config: Any) -> None:
     """Refuse what the policy, or vLLM with the policy's weights, would compute wrongly.
 
-    Args:
-        config: of transformers.
-
     Raises:
         ConfigError: the logits are transformed after the output layer, or there is a mixture of experts.
     """

@@ -15,11 +15,7 @@ __all__ = ["WithoutAdapter", "with_own_adapter"]
 
 
 class WithoutAdapter(Policy):
-    """A policy with its adapter off; it shares all weights, and holds none of its own.
-
-    Args:
-        policy: the one with the adapter.
-    """
+    """A policy with its adapter off; it shares all weights, and holds none of its own."""
 
     def __init__(self, policy: Policy) -> None:
         nn.Module.__init__(self)

@@ -17,9 +17,6 @@ def boxes(text: str) -> list[str]:
     Of nested boxes only the outermost counts. A box that was never closed, as in a truncated completion, is no box and
     hides none inside it. Runs in linear time, whatever the text.
 
-    Args:
-        text: a completion or a reference solution.
-
     Example:
         >>> boxes(r"First \boxed{1}, then \boxed{\frac{1}{2}}, then \boxed{3")
         ['1', '\\frac{1}{2}']

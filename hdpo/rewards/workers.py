@@ -170,10 +170,6 @@ class _Task(NamedTuple):
 class WorkerPool:
     """Grades requests in ``num_workers`` processes, in the order of their submission.
 
-    Args:
-        options: how a :class:`Worker` is started.
-        num_workers: number of processes.
-
     Attributes:
         respawns: number of workers that were replaced.
     """
