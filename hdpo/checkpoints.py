@@ -22,8 +22,6 @@ from hdpo.distributed import all_max
 from hdpo.errors import ConfigError, TrainingStopped, first_line
 from hdpo.files import flush
 
-__all__ = ["CheckpointHeader", "all_finite", "check_state", "read_header", "save_checkpoint", "saved_checkpoints"]
-
 _NAME = re.compile(r"(\w+)-(\d+)(?:\.(\d+))?\.ckpt")
 #: What an FSDP2 checkpoint's folder holds beside the ranks' parts: Lightning's file and PyTorch's.
 _META, _INDEX = "meta.pt", ".metadata"

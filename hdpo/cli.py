@@ -13,8 +13,6 @@ from typing import NoReturn
 
 from hdpo.errors import ConfigError, StopRequested, did_you_mean
 
-__all__ = ["main"]
-
 USAGE = """usage: python -m hdpo COMMAND [--config FILE] [--KEY VALUE] ...
 
 Hybrid Distillation Policy Optimization: GRPO plus privileged self-distillation on cliff prompts.

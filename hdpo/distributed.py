@@ -21,23 +21,6 @@ if TYPE_CHECKING:
 
     from hdpo.policy import Policy
 
-__all__ = [
-    "SHARDED_ADAPTER",
-    "all_max",
-    "all_sum",
-    "decoder_layers",
-    "full_state_dict",
-    "gather_objects",
-    "gathered_parameters",
-    "in_turns",
-    "merged_means",
-    "no_gradient_sync",
-    "rank",
-    "reshard",
-    "shard_policy",
-    "world_size",
-]
-
 SHARDED_ADAPTER = "model.policy.lora cannot be sharded by FSDP2: take --config strategy/ddp, or set it to null"
 """Said where a configuration asks for both."""
 

@@ -14,17 +14,6 @@ from typing import Any
 
 from hdpo.errors import ConfigError
 
-__all__ = [
-    "find_config",
-    "flush",
-    "import_object",
-    "resolve_path",
-    "run_folder",
-    "whole_file",
-    "whole_folder",
-    "write_text",
-]
-
 _PACKAGE = "pkg://"
 
 

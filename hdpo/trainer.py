@@ -10,8 +10,6 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from hdpo.errors import ConfigError
 
-__all__ = ["UnboundDDPStrategy", "UnboundModelParallelStrategy", "check_strategy", "check_trainer", "end_properly"]
-
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 

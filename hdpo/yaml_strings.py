@@ -13,8 +13,6 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_dumper, set_loader
 
-__all__ = ["keep_strings"]
-
 _NULLS = ("", "~", "null", "Null", "NULL")
 _load_yaml = get_loader("yaml")
 

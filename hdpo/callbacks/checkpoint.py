@@ -17,8 +17,6 @@ from hdpo.distributed import all_max
 from hdpo.errors import ConfigError, StopRequested, TrainingStopped, check_at_least
 from hdpo.files import run_folder
 
-__all__ = ["BestCheckpoint", "LastCheckpoint"]
-
 
 class _RunCheckpoint(Checkpoint):
     """Where a run's checkpoints are."""

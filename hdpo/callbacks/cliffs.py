@@ -14,8 +14,6 @@ from hdpo.errors import check_at_least
 from hdpo.experience import Experience, Rollouts
 from hdpo.functional import has_variance
 
-__all__ = ["CliffDetection"]
-
 
 class CliffDetection(Callback):
     """Marks the prompts all of whose rollouts failed, and logs which, of which sources, and which are solved later.

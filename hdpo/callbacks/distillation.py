@@ -25,8 +25,6 @@ from hdpo.measurements import timed
 from hdpo.policy import Policy
 from hdpo.teacher import EMATeacher, teacher_topk
 
-__all__ = ["DistillationRefresh"]
-
 
 class _Entry(NamedTuple):
     """What is distilled: a completion and both of its contexts (token ids), and its prompt's position in the run."""

@@ -18,8 +18,6 @@ from hdpo.experience import Experience
 from hdpo.files import run_folder, write_text
 from hdpo.rewards.boxed import last_boxed
 
-__all__ = ["Evaluation", "evaluated_split"]
-
 
 class Evaluation(Callback):
     """Writes a record of every evaluation, evaluates before the first step, and summarises the run.

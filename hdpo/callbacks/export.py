@@ -12,8 +12,6 @@ from hdpo.distributed import full_state_dict
 from hdpo.errors import TrainingStopped, first_line
 from hdpo.files import run_folder
 
-__all__ = ["PolicyExport"]
-
 
 class PolicyExport(Callback):
     """Writes policy and tokenizer at the end of ``fit``, in the format that transformers and vLLM load.

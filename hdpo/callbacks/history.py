@@ -10,8 +10,6 @@ import torch
 from hdpo.distributed import gather_objects
 from hdpo.experience import Experience
 
-__all__ = ["CliffHistory", "Visit"]
-
 
 class Visit(NamedTuple):
     """One step in which a prompt was sampled without help: its successes, and its rollouts with a verdict."""

@@ -16,8 +16,6 @@ from rich.progress import Progress as Bars
 from hdpo.errors import check_at_least, check_positive
 from hdpo.experience import Experience
 
-__all__ = ["Progress", "describe", "duration"]
-
 
 def duration(seconds: float) -> str:
     """A duration to two figures that a person reads.

@@ -13,8 +13,6 @@ from hdpo.callbacks.station import Station
 from hdpo.errors import ConfigError, check_at_least
 from hdpo.experience import Experience
 
-__all__ = ["CliffReplay"]
-
 
 class CliffReplay(Station):
     """Brings distilled cliffs back: they take the last places of a batch.

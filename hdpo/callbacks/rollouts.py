@@ -19,8 +19,6 @@ from hdpo.functional import has_variance
 from hdpo.functional.random import Purpose, derive_seeds
 from hdpo.rewards import Outcome
 
-__all__ = ["RolloutGeneration"]
-
 
 class RolloutGeneration(Callback):
     """Samples and scores the completions of training, validation and prediction batches.

@@ -12,8 +12,6 @@ from hdpo.experience import Completions, Experience, Sequences
 from hdpo.generation.weights import weight_rows
 from hdpo.measurements import timed
 
-__all__ = ["SamplerCheck", "StaleSamplerError"]
-
 #: A gap is judged by the smallest of the first ones: a gap of more than so many times that one is none of rounding.
 _FACTOR, _NUM_FIRST = 10.0, 5
 #: Below these mean gaps (nats per token) nothing is said: kernels that compute in another order differ by as much.

@@ -13,8 +13,6 @@ from hdpo.experience import Experience, Rollouts
 from hdpo.files import run_folder, write_text
 from hdpo.rewards.boxed import last_boxed
 
-__all__ = ["PredictionWriter", "SampleLogger", "visible"]
-
 
 class SampleLogger(Callback):
     """Logs the completions of a few prompts with their verdicts, and cliffs with their privileged rollouts.

@@ -16,8 +16,6 @@ from hdpo.generation.engine import SamplingConfig
 from hdpo.measurements import Measurements, timed
 from hdpo.policy import Policy
 
-__all__ = ["graded", "sample", "sample_seeds", "sampling_config", "solution_ids"]
-
 
 def sampling_config(module: StationModule, max_new_tokens: int, temperature: float) -> SamplingConfig:
     """Limits and temperature, with every token that ends a completion of this policy."""

@@ -12,8 +12,6 @@ from hdpo.errors import TrainingStopped
 from hdpo.experience import Experience
 from hdpo.files import run_folder, whole_file
 
-__all__ = ["SkippedSteps"]
-
 
 class SkippedSteps(Callback):
     """Writes the batch of a skipped step to ``skipped`` in the run's folder; stops training after too many in a row.

@@ -15,8 +15,6 @@ from hdpo.rewards import Verifier
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Moment", "Station", "StationModule", "run_stations"]
-
 Moment = Literal["after_prompts", "after_rollouts", "after_cliffs", "after_distillation"]
 
 

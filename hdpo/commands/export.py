@@ -16,8 +16,6 @@ from hdpo.errors import ConfigError, first_line
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
 from hdpo.policy.lora import is_adapter
 
-__all__ = ["export_checkpoint", "main"]
-
 _PREFIX = "policy."
 
 

@@ -20,18 +20,6 @@ from hdpo.policy.lora import LoRAConfig, add_adapter
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = [
-    "GIB",
-    "OVERHEAD",
-    "PHASES",
-    "Config",
-    "Shape",
-    "is_sharded",
-    "lora_config",
-    "memory",
-    "vllm_bytes",
-]
-
 Config = Mapping[str, Any]
 GIB = 2**30
 OVERHEAD = 2 * GIB

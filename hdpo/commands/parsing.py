@@ -18,8 +18,6 @@ from hdpo.commands.suggestions import SuggestingParser
 from hdpo.errors import ConfigError, first_line
 from hdpo.files import find_config
 
-__all__ = ["OneLineParser", "config_file", "find_cause", "join_evaluation_sets", "with_config_files"]
-
 
 class OneLineParser(SuggestingParser, LightningArgumentParser):
     """Tells what is wrong in one line, and what there is by sections, where the library prints hundreds of options."""

@@ -24,8 +24,6 @@ from hdpo.distributed import SHARDED_ADAPTER
 from hdpo.errors import ConfigError, check_at_least, check_positive, did_you_mean
 from hdpo.policy.architecture import policy_config
 
-__all__ = ["main"]
-
 _SIZES = (
     "data.prompts_per_step", "data.val_batch_size", "data.selection.max_prompt_tokens",
     "data.selection.max_privileged_tokens", "rollouts.num_generations", "rollouts.max_new_tokens",

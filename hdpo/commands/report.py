@@ -18,8 +18,6 @@ from hdpo.evaluation.comparison import Question, build_report
 from hdpo.evaluation.runs import Run, find_runs, write_compact
 from hdpo.files import write_text
 
-__all__ = ["main", "print_report"]
-
 _MANY = 24
 """Runs above which they are not listed one by one."""
 

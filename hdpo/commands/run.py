@@ -49,8 +49,6 @@ from hdpo.module import HDPOModule
 from hdpo.trainer import check_strategy
 from hdpo.yaml_strings import keep_strings
 
-__all__ = ["HDPOCLI", "main", "read_config"]
-
 TRAINER_DEFAULTS: dict[str, Any] = {
     # The stream of prompts has no end and no epochs: validation counts steps.
     "check_val_every_n_epoch": None,

@@ -19,8 +19,6 @@ from hdpo.checkpoints import read_header, saved_checkpoints
 from hdpo.errors import ConfigError
 from hdpo.files import write_text
 
-__all__ = ["RunFolder", "find_run", "is_finished", "mark_finished"]
-
 _FINISHED, _LOCK, _CONFIG = "finished", ".lock", "config.yaml"
 _VERSION = re.compile(r"version_(\d+)")
 #: What is written before a run begins, and what it produces then.

@@ -10,8 +10,6 @@ from typing import Any
 
 from hdpo.errors import did_you_mean
 
-__all__ = ["SectionHelp"]
-
 
 class SectionHelp(argparse._HelpAction):
     """Prints all sections, or the keys of one (``model``, ``model.policy``, ``data.selection``), and ends."""

@@ -12,8 +12,6 @@ from hdpo.commands.suggestions import CommandParser
 from hdpo.errors import ConfigError
 from hdpo.evaluation.records import evaluation_files, read_gzip, read_json_lines
 
-__all__ = ["main", "show"]
-
 Row = dict[str, Any]
 
 

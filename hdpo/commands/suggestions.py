@@ -11,8 +11,6 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from hdpo.errors import ConfigError, did_you_mean, first_line
 
-__all__ = ["CommandParser", "SuggestingParser"]
-
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: -*|\b[Oo]ption ')([\w.]+)")
 
 

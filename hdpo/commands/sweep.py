@@ -31,8 +31,6 @@ from hdpo.evaluation.provenance import code_version
 from hdpo.evaluation.runs import ARM_FILE, WEIGHT
 from hdpo.files import find_config, write_text
 
-__all__ = ["main"]
-
 FIT = [sys.executable, "-m", "hdpo"]
 
 _FINISHED = "finished"  # what fit leaves in the folder of a run that has reached its end

@@ -22,16 +22,6 @@ if TYPE_CHECKING:
 
     from hdpo.data.preparation import PreparationReport
 
-__all__ = [
-    "BatchRows",
-    "EvaluationSampler",
-    "ProblemDataset",
-    "PromptLoader",
-    "SizedPromptLoader",
-    "TrainSampler",
-    "check_batch",
-]
-
 
 def check_batch(prompts_per_step: int, num_ranks: int = 1, num_minibatches: int = 1) -> None:
     """Refuse a batch that cannot be split evenly.

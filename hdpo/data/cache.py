@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from hdpo.data.prompts import PromptRenderer
     from hdpo.rewards import Verifier
 
-__all__ = ["ProblemCache", "hash_of", "source_fingerprint", "tokenizer_fingerprint"]
-
 DROPPED = "dropped.jsonl"
 
 _log = logging.getLogger(__name__)

@@ -11,8 +11,6 @@ from typing import Any, Literal, get_args
 from hdpo.errors import ConfigError, check_at_least, check_choice
 from hdpo.experience import EvaluationSampling
 
-__all__ = ["ColumnMapping", "EvaluationSource", "ProblemSet", "Selection", "SourceConfig", "Split", "problem_sets"]
-
 Split = Literal["train", "validation", "test"]
 
 BY_ROW_SEED = 42

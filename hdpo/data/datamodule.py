@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from hdpo.rewards import Verifier
 
-__all__ = ["OpenMathDataModule"]
-
 _SOURCE, _PROMPTS, _SELECTION = SourceConfig(), PromptConfig(), Selection()  # defaults; nothing writes to them
 
 

@@ -20,18 +20,6 @@ from hdpo.data.sources import Problem
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = [
-    "Collector",
-    "Dropped",
-    "PreparationReport",
-    "PreparedProblem",
-    "normalise_problem",
-    "prepare",
-    "problem_digest",
-    "report_table",
-    "show_progress",
-]
-
 DROP_REASONS = {
     "missing_problem": "no problem text",
     "not_unicode": "text is not valid Unicode (a lone surrogate)",

@@ -21,8 +21,6 @@ from hdpo.files import resolve_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CHAT_TEMPLATES", "PromptConfig", "PromptRenderer", "privileged_context"]
-
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 PRIVILEGED_TEMPLATE = (

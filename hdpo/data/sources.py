@@ -23,8 +23,6 @@ from hdpo.errors import ConfigError, first_line
 from hdpo.files import resolve_path
 from hdpo.rewards.boxed import last_boxed
 
-__all__ = ["Problem", "Source"]
-
 PYTHON = "python:"
 FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
 _GLOB = re.compile(r"[*?\[]")

@@ -10,8 +10,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from hdpo.evaluation.runs import class_name
 
-__all__ = ["log_configuration", "log_evaluation"]
-
 _HPARAMS = (
     *("method", "seed_everything", "model.distillation_weight", "model.teacher", "model.divergence"),
     "model.optimizer.lr",

@@ -12,8 +12,6 @@ import numpy as np
 
 from hdpo.evaluation.runs import WEIGHT
 
-__all__ = ["draw", "write_tensorboard"]
-
 _TRAINING = {"cliff/fraction": "cliffs among training prompts", "privileged/pass_rate": "privileged pass rate"}
 
 _FAR = 0.3

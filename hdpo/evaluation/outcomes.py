@@ -14,8 +14,6 @@ from hdpo.errors import ConfigError
 from hdpo.evaluation.records import Evaluation, metric_values
 from hdpo.evaluation.runs import Run, is_within, name_settings
 
-__all__ = ["Endpoint", "OutcomeTable", "Setting", "choose_split", "common_k", "group_runs"]
-
 
 class Endpoint(NamedTuple):
     """A metric of the problems of some sources or named sets (none for all)."""

@@ -19,8 +19,6 @@ from typing import Any
 from hdpo.errors import ConfigError
 from hdpo.files import write_text
 
-__all__ = ["Spending", "code_version", "provenance", "read_provenance", "write_provenance"]
-
 _FILE = "provenance.json"
 
 

@@ -11,8 +11,6 @@ from hdpo.errors import ConfigError
 from hdpo.evaluation.metrics import GreedyAccuracy, PassAtK
 from hdpo.evaluation.records import problem_groups
 
-__all__ = ["Scores", "group_ks"]
-
 
 def group_ks(pass_k: Sequence[int], num_samples: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """The k of pass@k that can be estimated in each group of problems, and in all of them together.

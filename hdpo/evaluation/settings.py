@@ -14,8 +14,6 @@ from hdpo.evaluation.curves import log_configuration
 from hdpo.evaluation.runs import flat_config
 from hdpo.files import write_text
 
-__all__ = ["described", "write_config"]
-
 _HEADER = (
     "# Of a Python program: what its objects were given, as far as they keep it. For `report`, not for --config.\n"
 )

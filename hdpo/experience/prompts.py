@@ -11,8 +11,6 @@ from torch import Tensor
 
 from hdpo.errors import check_at_least, check_positive
 
-__all__ = ["EvaluationSampling", "Prompts"]
-
 
 @dataclass  # not frozen: Lightning refuses batches that hold a frozen one
 class EvaluationSampling:

@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["VERDICTS", "Completions", "PrivilegedRollouts", "Rollouts", "join_rollouts"]
-
-
 VERDICTS = ("correct", "wrong", "no_answer")
 """Outcomes that say something about a completion; the others say something about the verifier."""
 

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["DistillationBatch", "Sequences", "merge_equal"]
-
 
 class Sequences(NamedTuple):
     """Ragged contexts and completions, the form in which the policy and the teacher read text.

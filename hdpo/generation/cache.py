@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["SlotCache"]
-
 #: Columns beyond the prompt at first, and the factor by which they grow: completions are mostly far shorter than their
 #: limit.
 _SPARE, _GROWTH = 64, 1.5

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Drafts"]
-
 _LEAST, _MOST = 4, 64
 _PATIENCE = 2
 _NONE = -1

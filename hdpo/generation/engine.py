@@ -14,8 +14,6 @@ from hdpo.experience import Completions
 if TYPE_CHECKING:
     from hdpo.policy import Policy
 
-__all__ = ["GenerationEngine", "SamplingConfig"]
-
 
 @dataclass(frozen=True)
 class SamplingConfig:

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["apart_from_training", "process_state_kept"]
-
 
 @contextmanager
 def apart_from_training(device: str) -> Iterator[None]:

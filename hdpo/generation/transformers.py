@@ -29,8 +29,6 @@ from hdpo.generation.weights import cast_weights
 from hdpo.policy import Policy
 from hdpo.policy.attention import MASKED_KINDS, attention_kinds, attention_masks, grouped_attention
 
-__all__ = ["TransformersEngine"]
-
 #: Bound on the elements of one [rows, vocabulary] block of logits, and of the float64 probabilities made of it, by
 #: device: a CPU's caches want small blocks, a GPU few kernels (512 rows of 151,936 tokens are one block there).
 _SAMPLE_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}

@@ -34,8 +34,6 @@ from hdpo.policy import Policy
 if TYPE_CHECKING:
     from vllm import LLM
 
-__all__ = ["VLLMEngine"]
-
 #: vLLM takes temperatures below 0.01 for 0.01, or for greedy decoding, and refuses those above 2.
 _TEMPERATURES = (0.01, 2.0)
 

@@ -15,8 +15,6 @@ from hdpo.generation.engine import SamplingConfig
 if TYPE_CHECKING:
     from vllm import RequestOutput
 
-__all__ = ["check_lengths", "completions_of", "requests_of"]
-
 
 def check_lengths(prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_model_len: int) -> None:
     """Refuse what vLLM would cut off.

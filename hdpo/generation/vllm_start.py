@@ -15,8 +15,6 @@ from hdpo.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["cache_root", "check_expandable_segments", "config_folder"]
-
 
 def cache_root() -> Path:
     """VLLM's cache folder, ``VLLM_CACHE_ROOT``.

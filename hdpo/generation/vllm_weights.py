@@ -13,8 +13,6 @@ from torch import Tensor
 
 from hdpo.errors import TrainingStopped
 
-__all__ = ["first_rows", "weights_all_loaded"]
-
 #: vLLM holds several of a model's matrices as one, whose first rows are those of the first of them.
 _PACKED = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
 _NUM_ROWS, _NUM_ELEMENTS = 2, 64

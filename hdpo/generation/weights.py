@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from hdpo.policy import Policy
 
-__all__ = ["cast_weights", "named_weights", "weight_rows", "weights_fingerprint"]
-
 #: Bound on the elements that are summed at once, since a sum of 16-bit numbers in 64 bits needs a copy.
 _FINGERPRINT_ELEMENTS = 1 << 24
 

@@ -25,8 +25,6 @@ from hdpo.lab.task import STORIES, TASKS, Recipe, Task
 from hdpo.lab.tokenizer import train_tokenizer
 from hdpo.lab.warmup import WarmupBatches, WarmupModule, new_policy, warmup_texts
 
-__all__ = ["POLICY", "build", "evaluate", "load", "main", "train"]
-
 POLICY = STORIES.policy
 """The first laboratory's embedded policy."""
 

@@ -23,8 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
-__all__ = ["NUM_TIERS", "Split", "Story", "Style", "draw_rows", "foreign_rows", "rows", "split_of"]
-
 NUM_TIERS = 6
 MAX_VALUE = 99
 # Wide steps on purpose: with terms below ten, a story that is cut short still ends near the right answer, and a wrong

@@ -16,8 +16,6 @@ from hdpo.lab.problems import NUM_TIERS
 from hdpo.lab.task import STORIES, Task, ground_truth
 from hdpo.rewards.boxed import last_boxed
 
-__all__ = ["contexts", "sample", "score_policy"]
-
 MAX_NEW_TOKENS = 72
 
 

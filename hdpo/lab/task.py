@@ -14,19 +14,6 @@ from hdpo.data.prompts import PromptConfig
 from hdpo.lab import transfer
 from hdpo.lab.problems import foreign_rows, rows
 
-__all__ = [
-    "FOREIGN",
-    "LAB_PROMPTS",
-    "LEARNABLE",
-    "STORIES",
-    "TASKS",
-    "TRANSFER",
-    "Recipe",
-    "Sizes",
-    "Task",
-    "ground_truth",
-]
-
 # Short on purpose: the tiny policy pays for every token of its prompt.
 LAB_PROMPTS = PromptConfig(instruction="", privileged_template="Solution: {context}\n{problem}")
 

@@ -31,8 +31,6 @@ from hdpo.lab.problems import (
     draw_rows,
 )
 
-__all__ = ["rows"]
-
 SIZES = {"barrel": 20, "basket": 15, "crate": 12, "sack": 8}
 DECOYS = ("bag", "box", "dozen", "jar", "pack", "stack")
 DECOY_SIZES = range(5, 25)

@@ -25,16 +25,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, 
 from hdpo.data.prompts import PromptRenderer
 from hdpo.lab.task import STORIES, Recipe, Sizes, Task, ground_truth
 
-__all__ = [
-    "Examples",
-    "WarmupBatches",
-    "WarmupModule",
-    "collate",
-    "completion_ids",
-    "new_policy",
-    "warmup_texts",
-]
-
 _IGNORED = -100
 
 

@@ -22,8 +22,6 @@ from hdpo.measurements import Measurements
 from hdpo.policy import Policy, TokenBatch
 from hdpo.policy.packing import Layout, on_device
 
-__all__ = ["JSD", "Divergence", "ForwardKL", "GeneralizedJSD", "ReverseKL", "distillation_loss"]
-
 RARE = 0.01
 """Probability below which a distilled token is counted as one that the student would hardly write."""
 

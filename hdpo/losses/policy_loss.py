@@ -27,8 +27,6 @@ from hdpo.policy.packing import Layout, on_device
 if TYPE_CHECKING:
     from hdpo.losses.selection import PolicyBatch
 
-__all__ = ["ClippedPolicyLoss", "PolicyLoss"]
-
 Correction = Literal["none", "truncated"]
 
 

@@ -12,8 +12,6 @@ from hdpo.experience import Rollouts, Sequences, join_rollouts, merge_equal
 from hdpo.functional import has_variance, loss_denominator
 from hdpo.losses.policy_loss import PolicyLoss
 
-__all__ = ["PolicyBatch", "select_rollouts"]
-
 
 @dataclass
 class PolicyBatch:

@@ -25,8 +25,6 @@ from hdpo.losses.selection import PolicyBatch, select_rollouts
 from hdpo.measurements import Measurements
 from hdpo.policy import Policy, TokenBatch
 
-__all__ = ["UpdateConfig", "UpdatedModule", "update_policy"]
-
 
 @dataclass(frozen=True)
 class UpdateConfig:

@@ -13,8 +13,6 @@ from hdpo.distributed import decoder_layers
 from hdpo.errors import ConfigError, first_line
 from hdpo.files import resolve_path
 
-__all__ = ["check_architecture", "compile_layers", "is_compiled", "layers_uncompiled", "policy_config"]
-
 _LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 #: As Qwen, Mixtral and gpt-oss, DeepSeek, DBRX and Ernie call the number of a layer's experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

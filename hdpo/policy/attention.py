@@ -26,16 +26,6 @@ from hdpo.policy.architecture import layers_uncompiled
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "MASKED_KINDS",
-    "PrefixCache",
-    "attention_kinds",
-    "attention_masks",
-    "causal_attention",
-    "grouped_attention",
-    "packs_in_kernel",
-]
-
 #: The kinds of layers that :func:`attention_masks` can say everything about.
 MASKED_KINDS = frozenset({"full_attention", "sliding_attention"})
 

@@ -16,8 +16,6 @@ from hdpo.policy.lora import LoRAConfig, add_adapter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PolicyConfig", "load_model", "load_tokenizer"]
-
 
 @dataclass
 class PolicyConfig:

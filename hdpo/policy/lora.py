@@ -17,18 +17,6 @@ from torch import Tensor, nn
 
 from hdpo.errors import ConfigError, check_at_least, check_positive, first_line
 
-__all__ = [
-    "LoRAConfig",
-    "adapter_layers",
-    "adapter_off",
-    "add_adapter",
-    "is_adapter",
-    "is_frozen",
-    "merged_weight",
-    "merged_weights",
-    "save_adapter",
-]
-
 _SEED = 0
 """Of the first matrices, so that all ranks and a resumed run begin with the same; the second ones begin at 0."""
 _BASE, _ADAPTER = ".base_layer.", "default"

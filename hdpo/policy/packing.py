@@ -20,8 +20,6 @@ from torch import Tensor
 
 from hdpo.experience import Sequences
 
-__all__ = ["Layout", "Packing", "Prefixes", "TokenBatch", "on_device", "pack"]
-
 Layout = Literal["padded", "packed", "shared"]
 
 #: Reading prompts apart makes two forward passes of one, and attention with a mask is slower than causal attention. To

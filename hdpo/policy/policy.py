@@ -35,8 +35,6 @@ from hdpo.policy.packing import Layout, Packing, TokenBatch, pack
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Policy"]
-
 
 class Policy(nn.Module):
     """A causal language model whose output layer is applied to chunks of positions only.

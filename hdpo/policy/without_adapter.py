@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from hdpo.policy.lora import adapter_layers, adapter_off, is_adapter, merged_weight, merged_weights
 from hdpo.policy.policy import Policy
 
-__all__ = ["WithoutAdapter", "with_own_adapter"]
-
 
 class WithoutAdapter(Policy):
     """A policy with its adapter off; it shares all weights, and holds none of its own."""

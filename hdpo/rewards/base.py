@@ -14,8 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["Grade", "Outcome", "PendingGrades", "Verifier", "VerifierError", "check_pairs", "source_hash"]
-
 
 class Outcome(StrEnum):
     """How the grading of one completion ended.

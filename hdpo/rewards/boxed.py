@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["boxes", "last_boxed"]
-
 # Escaped braces are LaTeX text (sets), not grouping. Any number of backslashes may stand before `boxed`: a line break
 # (`\\`) directly before it, or a model that escapes twice.
 _TOKEN = re.compile(r"(?P<box>\\+boxed\s*\{)|\\[\\{}]|(?P<open>\{)|(?P<close>\})")

@@ -12,8 +12,6 @@ from hdpo.files import import_object
 from hdpo.rewards.base import Grade, Outcome, PendingGrades, Verifier, check_pairs, source_hash
 from hdpo.rewards.worker_verifier import WorkerVerifier
 
-__all__ = ["FunctionGrader", "FunctionVerifier", "RewardFunction"]
-
 RewardFunction = Callable[..., Sequence[float]]
 """``reward(prompts, completions, references, **columns) -> list[float]``; it is given what it names of these.
 

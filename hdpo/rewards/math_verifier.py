@@ -12,8 +12,6 @@ from hdpo.rewards.boxed import boxes
 from hdpo.rewards.rules import is_readable, judge
 from hdpo.rewards.worker_verifier import WorkerVerifier
 
-__all__ = ["MathVerifier"]
-
 
 class MathVerifier(WorkerVerifier):
     r"""Grades final answers with math-verify (R(x, y) of the paper's section 2).

@@ -27,8 +27,6 @@ from hdpo.rewards.base import Grade, Outcome
 from hdpo.rewards.rules import for_math_verify, is_too_large
 from hdpo.rewards.worker_main import describe
 
-__all__ = ["MathGrader"]
-
 # Every answer without a time limit of its own logs a warning, and its level is the library's only switch.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)

@@ -10,8 +10,6 @@ from hdpo.rewards.base import Grade, Outcome, Verifier, check_pairs
 from hdpo.rewards.boxed import boxes
 from hdpo.rewards.rules import choice
 
-__all__ = ["MultipleChoiceVerifier"]
-
 _PREFIX = re.compile(r".*\banswer\s*(?:is|:)\s*", re.IGNORECASE)
 
 

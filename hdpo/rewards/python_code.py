@@ -20,8 +20,6 @@ from hdpo.rewards import program_main
 from hdpo.rewards.base import Grade, Outcome, PendingGrades, check_pairs
 from hdpo.rewards.worker_verifier import WorkerVerifier
 
-__all__ = ["PythonCodeGrader", "PythonCodeVerifier"]
-
 _log = logging.getLogger(__name__)
 _FENCE = re.compile(r"^```([^`\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _PYTHON = ("", "python", "python3", "py")

@@ -14,8 +14,6 @@ from typing import NamedTuple
 from hdpo.rewards.base import Outcome
 from hdpo.rewards.boxed import boxes
 
-__all__ = ["choice", "for_math_verify", "is_readable", "is_too_large", "judge"]
-
 _MAX_CHARS = 1000
 _MAX_DEPTH = 8
 # What keeps sympy busy for seconds or forever: long exponents, towers of powers, nested factorials, large binomials.

@@ -23,8 +23,6 @@ from typing import Any
 
 from hdpo.rewards.base import Grade, Outcome
 
-__all__ = ["describe", "main"]
-
 _GIB = 2**30
 # Share of the memory limit that marks an answer as the cause of an allocation failure; see `_answer`.
 _SUSPICIOUS_SHARE = 0.125

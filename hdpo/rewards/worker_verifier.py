@@ -14,8 +14,6 @@ from hdpo.errors import check_at_least, check_positive
 from hdpo.rewards.base import Grade, Outcome, PendingGrades, Verifier
 from hdpo.rewards.workers import WorkerPool
 
-__all__ = ["WorkerVerifier"]
-
 _MIN_MEMORY = 0.5
 
 

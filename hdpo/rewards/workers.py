@@ -29,8 +29,6 @@ from typing import Any, NamedTuple
 from hdpo.errors import first_line
 from hdpo.rewards.base import Grade, Outcome, VerifierError
 
-__all__ = ["Worker", "WorkerPool"]
-
 # Loading sympy takes a third of a second from a warm disk and can take minutes from a shared file system.
 _START_TIMEOUT = 300.0
 # A worker that started once may fail to start again while the machine is short of memory or processes.
