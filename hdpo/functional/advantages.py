@@ -7,8 +7,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["AdvantageScale", "group_advantages", "has_variance"]
-
 AdvantageScale = Literal["std", "none", "leave_one_out_std"]
 """What advantages are divided by; see :func:`group_advantages`."""
 

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["chunk_rows", "selected_logps", "topk_logits", "wide_logits"]
-
 #: Default bound on the elements of one chunk of logits, by device. In float32 they take 128 MiB on a CPU and 1 GiB on
 #: a GPU, where each chunk also reads and writes the output layer's gradient (0.9 GiB each at 1.5B) once.
 CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}

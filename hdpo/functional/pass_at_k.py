@@ -7,8 +7,6 @@ from typing import overload
 import torch
 from torch import Tensor
 
-__all__ = ["any_of_k", "pass_at_k"]
-
 
 @overload
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float: ...

@@ -10,8 +10,6 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-__all__ = ["Purpose", "derive_seeds", "uniform"]
-
 
 class Purpose(IntEnum):
     """What random numbers are for; part of every derived seed, so that no two purposes share a stream."""

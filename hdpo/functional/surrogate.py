@@ -12,16 +12,6 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Aggregation",
-    "ClippedSurrogate",
-    "clipped_surrogate",
-    "k3_kl",
-    "loss_denominator",
-    "sampler_correction",
-    "token_weights",
-]
-
 Aggregation = Literal["token", "sequence"]
 """What has equal weight in the loss: each token of the batch, or each sequence."""
 

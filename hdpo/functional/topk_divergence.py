@@ -20,17 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-__all__ = [
-    "Tail",
-    "topk_forward_kl",
-    "topk_forward_kl_from_logps",
-    "topk_generalized_jsd_from_logps",
-    "topk_jsd",
-    "topk_jsd_from_logps",
-    "topk_reverse_kl",
-    "topk_reverse_kl_from_logps",
-]
-
 Tail = Literal["exact", "paper"]
 """How the student's mass outside the teacher's tokens is weighed; see :func:`topk_jsd`."""
 

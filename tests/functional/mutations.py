@@ -113,8 +113,8 @@ class _Replace:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for module in {item.module for item in items if isinstance(item, pytest.Function)}:
-            for name in self.mutated.__all__:
-                if name in vars(module):
+            for name in vars(self.mutated):
+                if name in vars(module) and not name.startswith("_"):
                     setattr(module, name, vars(self.mutated)[name])
 
 
