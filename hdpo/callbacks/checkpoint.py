@@ -45,7 +45,7 @@ class LastCheckpoint(_RunCheckpoint):
 
     Args:
         every_n_steps: interval in optimizer steps.
-        dirpath: folder; null for ``checkpoints`` in the run's folder.
+        dirpath: folder; null for ``checkpoints`` in the run's folder, where ``--resume auto`` looks.
     """
 
     def __init__(self, every_n_steps: int = 50, dirpath: str | None = None) -> None:
@@ -156,7 +156,7 @@ class BestCheckpoint(_RunCheckpoint):
         monitor: name of the metric, for example ``val/pass@8`` or ``val/greedy_accuracy``; ``auto`` for pass@k with the
             largest of ``model.pass_k`` that all evaluation sets have the samples for; null for no best checkpoint.
         mode: whether the best is the largest (``max``) or the smallest (``min``).
-        dirpath: folder; null for ``checkpoints`` in the run's folder.
+        dirpath: folder; null for ``checkpoints`` in the run's folder, where ``--resume auto`` looks.
     """
 
     def __init__(
