@@ -14,7 +14,11 @@ LINES = {
     "show": (["show", "run", "--clifs"], "--clifs", "cliffs"),
     "export": (["export", *LAB, "--ckpt_path", "a", "--out", "b", "--cofig", "c"], "--cofig c", "config"),
     "plan": (["plan", *LAB, "--device", "8"], "--device", "--devices"),
-    "plan, of fit": (["plan", *LAB, "--model.update.micro_batch_token=8"], "token'", "micro_batch_tokens"),
+    "plan, of fit": (
+        ["plan", *LAB, "--model.update.micro_batch_token=8"],
+        "micro_batch_token=8",
+        "model.update.micro_batch_tokens",
+    ),
     "an abbreviation": (["fit", *LAB, "--trainer.max_step=3"], "--trainer.max_step=3", "trainer.max_steps"),
     "section": (["validate", *LAB, "--moodel.pass_k=[1]"], "--moodel.pass_k=[1]", "model.pass_k"),
     "section left out": (["test", *LAB, "--max_new_tokens=3"], "--max_new_tokens=3", "rollouts.max_new_tokens"),

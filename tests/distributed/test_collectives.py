@@ -278,7 +278,7 @@ def records(number):
     ]
     written = []
     trainer = SimpleNamespace(
-        datamodule=None,
+        datamodule=None, callbacks=[],
         global_step=4, state=SimpleNamespace(fn="fit"), log_dir="runs", is_global_zero=number == 0, world_size=2,
         global_rank=number, max_steps=9,
     )  # fmt: skip
