@@ -106,6 +106,12 @@ def test_resume_takes_the_command_lines_values(workplace):
     assert not any(step == 1 for step, _ in curves.get("privileged/pass_rate", []))
 
 
+@pytest.mark.parametrize("trial", ["--trainer.fast_dev_run=1", "--trainer.overfit_batches=1"])
+def test_lightnings_trials_run(workplace, trial):
+    steps = [] if "fast" in trial else ["--trainer.max_steps=2", "--trainer.val_check_interval=1"]
+    assert main(lab("fit", *steps, trial)) == 0
+
+
 def test_curves_that_the_design_names(workplace):
     from tests.helpers.curves import read_curves
 

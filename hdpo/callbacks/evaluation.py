@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from hdpo.callbacks.station import Station
 from hdpo.distributed import gather_objects
@@ -201,8 +202,7 @@ def evaluated_split(trainer: Any) -> str:
 
 def _forget_later_curves(logger: Any, step: int) -> None:
     """Let TensorBoard drop what a run that broke off wrote from this step on: it comes again."""
-    writer = getattr(getattr(logger, "experiment", None), "file_writer", None)
-    if writer is not None:
+    if isinstance(logger, TensorBoardLogger) and (writer := logger.experiment.file_writer) is not None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         writer.add_event(Event(step=step, file_version="brain.Event:2"))
