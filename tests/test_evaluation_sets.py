@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from hdpo.cli import main
-from hdpo.commands.parsing import join_evaluation_sets
+from hdpo.commands.parsing import join_evaluation_sets, with_config_files
 from hdpo.errors import ConfigError
 from hdpo.evaluation.comparison import build_report
 from hdpo.evaluation.outcomes import Endpoint, OutcomeTable
@@ -233,6 +233,8 @@ def test_later_files_add_evaluation_sets(workplace):
     both = '--data.val_sources={"x": {"path": "1"}, "y": {"path": "4"}}'
     assert joined("aeb", "--x", "1") == ["fit", "--config=a", "--config=e", "--config=b", both, "--x", "1"]
     assert joined("abcd") == ["fit", *(f"--config={name}" for name in "abcd")], "null takes away what was before"
+    lab = str(EVAL.parent / "lab.yaml")
+    assert with_config_files(["fit", "--config=lab", "-c", "lab"]) == ["fit", f"--config={lab}", "-c", lab]
     args = ["fit", "--config", "a", "-c", "d"]
     assert join_evaluation_sets(args)[-1].startswith('--data.val_sources={"x"')
 

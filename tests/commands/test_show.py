@@ -101,6 +101,11 @@ def test_a_problem_of_two_sets_is_shown_of_each(run, capsys, tmp_path):
         ("-" * (len(first) - 1), "no_answer")
     }
     assert text.count("  greedy: ") == 2
+    # The last evaluation may be without it.
+    (tmp_path / "evaluations/step_000002.jsonl.gz").write_bytes(
+        gzip.compress((json.dumps(first[0] | {"problem_hash": "0" * 16, "dataset": "c"}) + "\n").encode())
+    )
+    assert shown(capsys, tmp_path, "--problem", first[0]["problem_hash"]) == text
     assert shown(capsys, tmp_path, "--problem", "b:0").count("validation b at step") == 2
     assert "validation a" not in shown(capsys, tmp_path, "--problem", "b:0")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -109,6 +110,13 @@ def test_the_other_commands_find_the_run_of_a_configuration(workplace, capsys): 
     (run / "finished").unlink()
     assert fit("--trainer.max_steps=2", "--resume=auto") == 0
     assert "version_0 from last-000002.ckpt" in capsys.readouterr().out
+    (run / "finished").unlink()
+    shutil.rmtree(run / "checkpoints")
+    later = sorted(p.name for p in run.parent.glob("version_*"))
+    assert fit("--trainer.max_steps=2", "--resume=auto") == 0
+    assert "nothing to resume: the run starts anew" in capsys.readouterr().out
+    assert checkpoints(run) == ["last-000001.ckpt", "last-000002.ckpt"], "in its own folder, and in no other command's"
+    assert sorted(p.name for p in run.parent.glob("version_*")) == later
 
 
 def test_checkpoints_elsewhere_are_nobodys(workplace, capsys):  # noqa: F811
