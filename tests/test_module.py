@@ -232,6 +232,17 @@ def test_every_so_many_steps_what_a_step_measured_is_logged_under_its_number(tmp
     assert shown == [pytest.approx(values, rel=F32) for values in expected]
 
 
+@pytest.mark.parametrize(("options", "is_loaded"), [
+    ({"teacher": "frozen"}, True), ({"teacher": "frozen", "distillation": {"target": "token"}}, False),
+    ({"teacher": "frozen", "distillation_weight": 0.0}, False),
+    ({"teacher": "frozen", "distillation": {"target": "token", "sampled_by": "initial"}}, True),
+])  # fmt: skip
+def test_a_teacher_is_loaded_where_it_reads_or_writes(options, is_loaded):
+    module = toy.module(**options)
+    module.configure_model()
+    assert bool(module.teacher._holder) == is_loaded
+
+
 def test_an_interval_of_0_logs_nothing(tmp_path):
     notes = Notes()
     toy.trainer(tmp_path, limit_val_batches=0, logger=notes, log_every_n_steps=0).fit(
