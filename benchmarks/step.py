@@ -86,7 +86,6 @@ def hdpo_steps(args: argparse.Namespace, folder: Path, tiers: str, weight: float
         "trainer.enable_progress_bar": "false",
         "trainer.callbacks": "step.StepClock",
         "trainer.logger.init_args.save_dir": folder,
-        "trainer.logger.init_args.version": f"{weight}-{run}",
     }
     status = hdpo_main(
         ["fit", "--config", str(ROOT / "configs/lab.yaml"), *(f"--{name}={value}" for name, value in options.items())]

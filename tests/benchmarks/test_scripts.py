@@ -95,7 +95,7 @@ def test_rollouts(tmp_path):
 
 def test_step_sees_the_same_rollouts_with_and_without_distillation(tmp_path):
     sizes = ("--prompts", 4, "--completions", 2, "--new-tokens", 48, "--steps", 2)
-    grpo, hdpo = rows(tmp_path, "step", "--cliffs", "half", "--no-trl", *sizes)
+    _, _, grpo, hdpo = rows(tmp_path, "step", "--cliffs", "none", "half", "--no-trl", *sizes)
     assert (grpo["method"], hdpo["method"]) == ("grpo", "hdpo")
     assert grpo["cliff/fraction"] == hdpo["cliff/fraction"] > 0
     assert grpo["privileged"] == 0 < hdpo["privileged"]
