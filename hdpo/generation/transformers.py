@@ -33,9 +33,6 @@ from hdpo.policy.attention import MASKED_KINDS, attention_kinds, attention_masks
 #: device: a CPU's caches want small blocks, a GPU few kernels (512 rows of 151,936 tokens are one block there).
 _SAMPLE_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 
-#: Tokens per forward pass from which on guesses pay; where they do not, so many calls go without before they are tried.
-_GAIN, _PAUSE = 2.0, 7
-
 
 class TransformersEngine(GenerationEngine):
     """Samples with the policy's own weights; there is nothing to synchronise.
@@ -43,8 +40,7 @@ class TransformersEngine(GenerationEngine):
     Args:
         max_sequences: bound on the completions that are decoded at the same time (it bounds the cache's memory).
         compaction: finished rows are dropped when they make up at least this share of the batch.
-        use_drafts: guess tokens from drafts where a caller gives some, as long as that pays; the completions are the same
-            without.
+        use_drafts: guess tokens from drafts where a caller gives some; the completions are the same without.
 
     Raises:
         ConfigError: a value outside its range; the message names the key.
@@ -57,7 +53,6 @@ class TransformersEngine(GenerationEngine):
         self.max_sequences = max_sequences
         self.compaction = compaction
         self.use_drafts = use_drafts
-        self._pause = 0  # what it decides is the speed, so that no checkpoint holds it
 
     @torch.no_grad()
     def generate(
@@ -85,10 +80,6 @@ class TransformersEngine(GenerationEngine):
         )
         # Prompts of similar length decode together, which keeps the attention's columns few.
         order = sorted(range(num_prompts), key=lambda i: len(prompts[i]))
-        given = list(drafts) if drafts and self.use_drafts and any(drafts) else []
-        guesses = bool(given) and self._pause == 0
-        self._pause = max(0, self._pause - bool(given))
-        num_passes = 0
         per_wave = max(1, self.max_sequences // max(num_samples, 1))
         was_training = policy.training
         policy.eval()  # gradient checkpointing is active in training mode and would refuse the cache
@@ -105,15 +96,13 @@ class TransformersEngine(GenerationEngine):
                     rows.flatten().to(device),
                     out,
                 )
-                texts = [given[i] for i in wave for _ in range(num_samples)] if guesses else []
-                if any(texts):
-                    num_passes += decoding.run_with_drafts(Drafts(texts, device))
+                given = [drafts[i] for i in wave for _ in range(num_samples)] if drafts and self.use_drafts else []
+                if any(given):
+                    decoding.run_with_drafts(Drafts(given, device))
                 else:
                     decoding.run()
         policy.train(was_training)
         used = max(1, int(out.lengths.max())) if num_rows else 1
-        if guesses and used < _GAIN * num_passes / -(-num_prompts // per_wave):
-            self._pause = _PAUSE
         shape = (num_prompts, num_samples, used)
         mask = torch.arange(used, device=device) < out.lengths[:, None]
         return Completions(
@@ -285,8 +274,8 @@ class _Wave:
         self.out.truncated[self.rows] = ~self.done
         self.out.lengths[self.rows] = self.lengths
 
-    def run_with_drafts(self, drafts: Drafts) -> int:
-        """Decode as many tokens at a time as the drafts guess rightly; returns the number of forward passes."""
+    def run_with_drafts(self, drafts: Drafts) -> None:
+        """Decode as many tokens at a time as the drafts guess rightly."""
         limit, device = self.limit, self.seeds.device
         guessed, counts = drafts.first(limit - 1)
         steps = torch.arange(guessed.shape[1] + 1, device=device)
@@ -295,9 +284,7 @@ class _Wave:
         accepted = 1 + self._num_right(tokens, guessed, counts)  # of the tokens that were drawn last
         drafts.learn(accepted - 1)
         before = torch.full_like(self.seeds, -1)  # the last token but one
-        num_passes = 0
         while True:
-            num_passes += 1
             columns = self.lengths[:, None] + torch.arange(tokens.shape[1], device=device)
             # Guesses that were wrong lie behind the completion, where the right tokens follow.
             self.out.write(self.rows[:, None] * (limit + 1) + columns.clamp_max(limit), tokens, logps)
@@ -331,7 +318,6 @@ class _Wave:
             accepted = torch.minimum(accepted, limit - self.lengths).clamp_min(1)
             before = last
         self.out.lengths[self.rows] = self.lengths
-        return num_passes
 
     def _bounds(self, counts: Tensor) -> list[int]:
         """What decoding must know on the host, in one read.

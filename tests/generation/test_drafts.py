@@ -117,40 +117,6 @@ def test_the_engine_can_be_told_not_to_use_them(policy, passes):
     assert len(passes) == without
 
 
-def test_guesses_that_do_not_pay_are_left_out_for_some_calls_and_then_tried_again(policy, monkeypatch):
-    tried = []
-
-    class Counted(Drafts):
-        def __init__(self, *arguments):
-            tried.append(True)
-            super().__init__(*arguments)
-
-    monkeypatch.setattr("hdpo.generation.transformers.Drafts", Counted)
-    seeds = derive_seeds(9, torch.arange(len(PROMPTS))[:, None], torch.arange(SAMPLES))
-
-    def calls(engine, drafts, number):
-        """For each of so many calls whether anything was guessed."""
-        found = []
-        for _ in range(number):
-            tried.clear()
-            out = engine.generate(policy, PROMPTS, seeds, SamplingConfig(LIMIT, 1.0, (EOS,)), drafts)
-            assert torch.equal(out.ids, plain.ids)
-            found.append(bool(tried))
-        return found
-
-    plain = sample(policy, None)
-    right = drafts_like(plain, "right")
-    useless = [[(token + 1) % VOCAB for token in draft] for draft in right]
-    engine = TransformersEngine()
-    assert calls(engine, useless, 10) == [True, *[False] * 7, True, False]
-    assert calls(engine, None, 2) == [False] * 2, "they wait for drafts"
-    assert calls(engine, right, 7) == [False] * 6 + [True]
-    # One sample of each prompt, which its draft guesses to the end.
-    seeds = seeds[:, :1]
-    plain = TransformersEngine().generate(policy, PROMPTS, seeds, SamplingConfig(LIMIT, 1.0, (EOS,)))
-    assert calls(TransformersEngine(), drafts_like(plain, "right"), 4) == [True] * 4
-
-
 def test_without_any_draft_nothing_is_guessed(policy, monkeypatch):
     plain = sample(policy, None)
     monkeypatch.setattr("hdpo.generation.transformers.Drafts", None)
