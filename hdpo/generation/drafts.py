@@ -23,7 +23,8 @@ class Drafts:
 
     A completion is taken to follow its draft token by token, at first from the beginning. A token that was replaced
     leaves the two aligned. Where guesses go wrong several times in a row, tokens were added or left out: the last two
-    are then looked up in the draft, and the guesses go on behind the nearest place where they stand.
+    are then looked up in the draft, and the guesses go on behind the nearest place where they stand. Once these are
+    wrong too, or the draft is used up, nothing more is guessed for the row.
 
     Args:
         drafts: one text a row, as token ids; may be empty.
@@ -76,9 +77,9 @@ class Drafts:
         )
 
     def learn(self, accepted: Tensor) -> None:
-        """Guess more after good guesses, less after bad ones; ``accepted`` ``[R]`` tokens were right."""
-        self.window = (2 * accepted).clamp(_LEAST, _MOST)
+        """Guess more after good guesses, less after bad ones, then none; ``accepted`` ``[R]`` tokens were right."""
         self.misses = torch.where(accepted > 0, 0, self.misses + 1)
+        self.window = torch.where(self.misses > _PATIENCE, 0, (2 * accepted).clamp(_LEAST, _MOST))
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows."""

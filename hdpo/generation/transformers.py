@@ -97,10 +97,7 @@ class TransformersEngine(GenerationEngine):
                     out,
                 )
                 given = [drafts[i] for i in wave for _ in range(num_samples)] if drafts and self.use_drafts else []
-                if any(given):
-                    decoding.run_with_drafts(Drafts(given, device))
-                else:
-                    decoding.run()
+                decoding.run(Drafts(given, device) if any(given) else None)
         policy.train(was_training)
         used = max(1, int(out.lengths.max())) if num_rows else 1
         shape = (num_prompts, num_samples, used)
@@ -166,9 +163,10 @@ class _Wave:
                 f"the transformers engine cannot decode a {policy.model.config.model_type} with layers of kind "
                 f"{', '.join(unknown)}; choose hdpo.generation.VLLMEngine"
             )
-        self.prompts, self.rows, self.seeds = prompts, rows, seeds
+        self.prompts, self.rows = prompts, rows
         device, self.limit = seeds.device, sampling.max_new_tokens
         self.repeats = len(seeds) // len(prompts)
+        self.numbers = uniform(seeds[:, None], torch.arange(self.limit, device=device))  # [R, limit]
         self.ends = torch.tensor([len(p) for p in prompts], device=device)
         self.width = max(map(len, prompts))
         self.eos = torch.tensor(sampling.eos_token_ids, device=device)
@@ -176,7 +174,8 @@ class _Wave:
         #: A completion's token t stands at position starts + t.
         self.starts = self.ends.repeat_interleave(self.repeats)
         self.lengths = torch.zeros_like(seeds)  # tokens of each completion so far
-        self.done = torch.zeros(len(seeds), dtype=torch.bool, device=device)
+        self.ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
+        self.done = self.ended  # ended, or as long as it may be
 
     # ------------------------------------------------------------------ the model
 
@@ -187,17 +186,17 @@ class _Wave:
         ).last_hidden_state
         return hidden
 
-    def _prefill(self, guesses: list[list[int]], numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def _prefill(self, guesses: list[list[int]], num: int) -> tuple[Tensor, Tensor]:
         """Read each prompt once, with what is guessed to follow, and draw a token behind it and behind each guess.
 
         Args:
             guesses: tokens that may follow each of the P prompts; may be empty lists.
-            numbers: ``[R, m]`` random numbers, m being one more than the longest guess.
+            num: tokens to draw for each row: one more than the longest guess.
 
         Returns:
-            Token ids and log-probs, ``[R, m]``.
+            Token ids and log-probs, ``[R, num]``.
         """
-        device, shape = self.seeds.device, (len(self.prompts), self.repeats, -1)
+        device, shape = self.rows.device, (len(self.prompts), self.repeats, -1)
         rows = [p + g for p, g in zip(self.prompts, guesses, strict=True)]
         width = max(map(len, rows))
         # Padding on the right is never attended to: its columns are overwritten before a query stands behind them.
@@ -205,16 +204,21 @@ class _Wave:
         self.cache = SlotCache(self.num_layers, width, self.width + self.limit, self.policy.compute_dtype)
         hidden = self._hidden(ids, torch.arange(width, device=device).expand_as(ids), None)
         prompts = torch.arange(len(rows), device=device)
-        places = (self.ends[:, None] - 1 + torch.arange(numbers.shape[1], device=device)).clamp_max(width - 1)
+        places = (self.ends[:, None] - 1 + torch.arange(num, device=device)).clamp_max(width - 1)
         hidden = hidden[prompts[:, None], places]
         self.cache.select(prompts.repeat_interleave(self.repeats))
         # All samples of a prompt draw from one distribution per position.
-        drawn = self._draw(hidden.flatten(0, 1), numbers.reshape(shape).transpose(1, 2).flatten(0, 1))
+        numbers = self.numbers[:, :num].reshape(shape).transpose(1, 2).flatten(0, 1)
+        drawn = self._draw(hidden.flatten(0, 1), numbers)
         tokens, logps = (x.view(len(rows), -1, self.repeats).transpose(1, 2).flatten(0, 1) for x in drawn)
         return tokens, logps
 
-    def _read(self, tokens: Tensor, positions: Tensor, num_columns: int) -> Tensor:
-        """Hidden states ``[rows, m, H]`` of tokens ``[rows, m]``; no position is ``num_columns`` or more."""
+    def _read(self, tokens: Tensor, steps: Tensor, num_columns: int) -> Tensor:
+        """Hidden states ``[rows, m, H]`` of tokens ``[rows, m]``, which stand at ``steps`` of their completions.
+
+        No position is ``num_columns`` or more.
+        """
+        positions = self.starts[:, None] + steps
         self.cache.write_at(positions, num_columns)
         columns = torch.arange(num_columns, device=positions.device)
         mask = attention_masks(self.policy.model, positions, columns, self.policy.compute_dtype)
@@ -239,85 +243,78 @@ class _Wave:
 
     # ------------------------------------------------------------------ rows
 
+    def _append(self, tokens: Tensor, logps: Tensor, accepted: Tensor | None) -> Tensor:
+        """Write tokens ``[rows, m]`` behind the completions, of which ``accepted`` (None: one) belong to each.
+
+        Returns:
+            The last token of each row that belongs to it, ``[rows]``; of a finished row, any.
+        """
+        columns = self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        # Guesses that were wrong, and what a finished row goes on to draw, lie behind the completion.
+        self.out.write(self.rows[:, None] * (self.limit + 1) + columns.clamp_max(self.limit), tokens, logps)
+        last = tokens[:, 0] if accepted is None else tokens.gather(1, accepted[:, None] - 1)[:, 0]
+        self.lengths = self.lengths + (~self.done if accepted is None else torch.where(self.done, 0, accepted))
+        self.ended = self.ended | (self._is_end(last) & ~self.done)
+        self.done = self.ended | (self.lengths >= self.limit)
+        return last
+
+    def _note(self) -> None:
+        """Note how long the completions are by now, and which would be cut off there."""
+        self.out.lengths[self.rows] = self.lengths
+        self.out.truncated[self.rows] = ~self.ended
+
     def _keep(self, num_done: int) -> Tensor | None:
         """Drop finished rows where they are many; returns which are left, or None where all stay."""
         if num_done < self.compaction * len(self.done):
             return None
         # nonzero() would read its size from the device once more.
         keep = self.done.int().argsort(stable=True)[: len(self.done) - num_done]
-        self.out.lengths[self.rows] = self.lengths
+        self._note()
         self.cache.select(keep)
-        self.rows, self.seeds, self.starts = self.rows[keep], self.seeds[keep], self.starts[keep]
-        self.lengths, self.done = self.lengths[keep], self.done[keep]
+        for name in ("rows", "numbers", "starts", "lengths", "ended", "done"):
+            setattr(self, name, getattr(self, name)[keep])
         return keep
 
-    def run(self) -> None:
-        """Decode token by token."""
-        limit, device = self.limit, self.seeds.device
-        numbers = uniform(self.seeds[:, None], torch.arange(limit, device=device))
-        drawn = self._prefill([[] for _ in self.prompts], numbers[:, :1])
-        tokens, logps = drawn[0][:, 0], drawn[1][:, 0]
-        for step in range(limit):
-            # What a finished row goes on to draw lies behind its length.
-            self.out.write(self.rows * (limit + 1) + step, tokens, logps)
-            self.lengths += ~self.done
-            self.done |= self._is_end(tokens)
-            num_done = int(self.done.sum())
-            if num_done == len(self.done) or step + 1 == limit:
-                break
-            keep = self._keep(num_done)
-            if keep is not None:
-                tokens, numbers = tokens[keep], numbers[keep]
-            positions = (self.starts + step)[:, None]
-            hidden = self._read(tokens[:, None], positions, self.width + step + 1)[:, 0]
-            tokens, logps = self._draw(hidden, numbers[:, step + 1])
-        self.out.truncated[self.rows] = ~self.done
-        self.out.lengths[self.rows] = self.lengths
-
-    def run_with_drafts(self, drafts: Drafts) -> None:
-        """Decode as many tokens at a time as the drafts guess rightly."""
-        limit, device = self.limit, self.seeds.device
-        guessed, counts = drafts.first(limit - 1)
-        steps = torch.arange(guessed.shape[1] + 1, device=device)
+    def run(self, drafts: Drafts | None) -> None:
+        """Decode as many tokens at a time as the drafts guess rightly; one by one when nothing is guessed any more."""
+        limit, num_columns = self.limit, self.width
+        guessed, counts = drafts.first(limit - 1) if drafts else (self.rows.new_zeros(len(self.rows), 0), self.lengths)
         samples = zip(guessed[:: self.repeats].tolist(), counts[:: self.repeats].tolist(), strict=True)
-        tokens, logps = self._prefill([g[:n] for g, n in samples], uniform(self.seeds[:, None], steps))
-        accepted = 1 + self._num_right(tokens, guessed, counts)  # of the tokens that were drawn last
-        drafts.learn(accepted - 1)
-        before = torch.full_like(self.seeds, -1)  # the last token but one
+        tokens, logps = self._prefill([g[:n] for g, n in samples], guessed.shape[1] + 1)
+        last = torch.full_like(self.lengths, -1)
         while True:
-            columns = self.lengths[:, None] + torch.arange(tokens.shape[1], device=device)
-            # Guesses that were wrong lie behind the completion, where the right tokens follow.
-            self.out.write(self.rows[:, None] * (limit + 1) + columns.clamp_max(limit), tokens, logps)
-            last = tokens.gather(1, accepted[:, None] - 1)[:, 0]
-            before = torch.where(accepted > 1, tokens.gather(1, (accepted[:, None] - 2).clamp_min(0))[:, 0], before)
-            self.lengths = torch.where(self.done, self.lengths, self.lengths + accepted)
-            ended, full = self._is_end(last), self.lengths >= limit
-            self.out.truncated[self.rows] |= full & ~ended & ~self.done
-            self.done |= ended | full
-            places, counts = drafts.propose(last, before, self.lengths)
-            num_done, *bounds = self._bounds(counts)
+            if drafts is None:
+                last = self._append(tokens, logps, None)
+                num_done = int(self.done.sum())
+                # Rows go on at their own places; the one in front may have ended.
+                num_columns = min(num_columns + 1, self.width + limit)
+            else:
+                right = self._num_right(tokens, guessed, counts)
+                drafts.learn(right)
+                accepted = torch.minimum(1 + right, limit - self.lengths).clamp_min(1)
+                before, last = last, self._append(tokens, logps, accepted)
+                before = torch.where(accepted > 1, tokens.gather(1, (accepted[:, None] - 2).clamp_min(0))[:, 0], before)
+                places, counts = drafts.propose(last, before, self.lengths)
+                num_done, *bounds = self._bounds(counts)
             if num_done == len(self.done):
                 break
             keep = self._keep(num_done)
-            if keep is not None:
-                last, before, places, counts = (x[keep] for x in (last, before, places, counts))
-                drafts.select(keep)
-            most, num_columns = bounds[:2] if keep is None else bounds[2:]
-            guessed = drafts.guesses(places, most)
-            given = torch.cat([last[:, None], guessed], -1)
-            steps = self.lengths[:, None] + torch.arange(given.shape[1], device=device)
+            last = last if keep is None else last[keep]
+            steps, given = self.lengths[:, None], last[:, None]
+            if drafts is not None:
+                if keep is not None:
+                    places, counts = places[keep], counts[keep]
+                    drafts.select(keep)
+                most, num_columns = bounds[:2] if keep is None else bounds[2:]
+                guessed = drafts.guesses(places, most)
+                given = torch.cat([given, guessed], -1)
+                steps = steps + torch.arange(given.shape[1], device=steps.device)
+                drafts = drafts if most else None
             # A guess may reach beyond the limit; the column of the last token is never attended to.
-            positions = self.starts[:, None] + (steps - 1).clamp_max(limit - 1)
-            hidden = self._read(given, positions, num_columns)
-            tokens, logps = (
-                x.view(given.shape)
-                for x in self._draw(hidden.flatten(0, 1), uniform(self.seeds[:, None], steps).flatten())
-            )
-            accepted = 1 + self._num_right(tokens, guessed, counts)
-            drafts.learn(accepted - 1)
-            accepted = torch.minimum(accepted, limit - self.lengths).clamp_min(1)
-            before = last
-        self.out.lengths[self.rows] = self.lengths
+            hidden = self._read(given, (steps - 1).clamp_max(limit - 1), num_columns)
+            numbers = self.numbers.gather(1, steps.clamp_max(limit - 1))
+            tokens, logps = (x.view(given.shape) for x in self._draw(hidden.flatten(0, 1), numbers.flatten()))
+        self._note()
 
     def _bounds(self, counts: Tensor) -> list[int]:
         """What decoding must know on the host, in one read.

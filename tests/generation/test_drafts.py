@@ -106,6 +106,24 @@ def test_a_right_draft_saves_forward_passes(policy, passes):
     assert len(passes) <= 4 < without / 3
 
 
+@pytest.mark.parametrize("kind", ["wrong", "used up"])
+def test_a_draft_that_guesses_nothing_right_is_given_up(policy, kind):
+    widths = []
+    handle = policy.backbone.register_forward_hook(
+        lambda _, __, kwargs, ___: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    plain = sample(policy, None, 0.0)
+    without = len(widths)
+    drafts = {"wrong": [[(t + 1) % VOCAB for t in group[0]] for group in plain.token_lists()]}
+    drafts["used up"] = [group[0][:6] for group in plain.token_lists()]
+    widths.clear()
+    assert sample(policy, drafts[kind], 0.0).token_lists() == plain.token_lists()
+    handle.remove()
+    # With the prompts; then behind the last token; then, if at all, where the last two tokens stand in the draft.
+    assert max(widths[3:]) == 1
+    assert len(widths) == without - (6 if kind == "used up" else 0)
+
+
 def test_the_engine_can_be_told_not_to_use_them(policy, passes):
     plain = sample(policy, None, 0.0)
     without = len(passes)
@@ -158,3 +176,13 @@ def test_a_shift_is_remembered_and_the_window_follows_what_went_well():
     drafts.learn(torch.tensor([3]))
     places, counts = drafts.propose(*(torch.tensor([x]) for x in (30, 9, 8)))
     assert drafts.guesses(places, int(counts)).tolist() == [[11, 12, 13, 14, 15, 16]]
+
+
+def test_after_three_misses_in_a_row_nothing_is_guessed_until_the_end():
+    drafts = Drafts([[5, 6, 7, 8, 9]] * 2, torch.device("cpu"))
+    arguments = [torch.tensor([x, x]) for x in (6, 5, 2)]
+    counts = []
+    for right in ([0, 0], [0, 2], [0, 0], [0, 0]):
+        drafts.learn(torch.tensor(right))
+        counts.append(drafts.propose(*arguments)[1].tolist())
+    assert counts == [[3, 3], [3, 3], [0, 3], [0, 3]]
