@@ -74,7 +74,9 @@ def check_trainer(trainer: Any) -> None:
             "trainer.accumulate_grad_batches must stay 1, since one batch is one step: set "
             "model.update.micro_batch_tokens for less memory, data.prompts_per_step for larger batches"
         )
-    if trainer.limit_train_batches not in (0, 1.0) and not (trainer.fast_dev_run or trainer.overfit_batches):
+    limit = trainer.limit_train_batches  # null is 1.0, all of them; 1 is a single one
+    all_or_none = limit == 0 or (limit == 1 and isinstance(limit, float))
+    if not all_or_none and not (trainer.fast_dev_run or trainer.overfit_batches):
         raise ConfigError(
             "trainer.limit_train_batches must stay null: the stream of prompts has no epochs, and each would begin "
             "with the same prompts; set trainer.max_steps"

@@ -272,6 +272,7 @@ def refused(capsys, arguments):
             ["--trainer.limit_train_batches=2"],
             "trainer.limit_train_batches must stay null: the stream of prompts has no",
         ),
+        (["--trainer.limit_train_batches=1"], "trainer.limit_train_batches must stay null"),  # not 1.0, which is all
         (["--trainer.val_check_interval=0"], "trainer.val_check_interval must be a positive number of steps"),
         (["--trainer.max_steps=-1"], "trainer.max_steps must be set"),
         # Unknown keys and words, with what would be right.
