@@ -38,7 +38,8 @@ class _RunCheckpoint(Checkpoint):
 class LastCheckpoint(_RunCheckpoint):
     """Keeps ``last.ckpt``, with everything that an exact resume needs, and the one before it.
 
-    It is written at each interval, after the last step, and when a run of one process breaks off between two updates.
+    It is written at each interval, after the last step, and when a run of one process breaks off before the update of a
+    step; where it breaks off later, what the step is remembered by is not complete, and what stays is what was saved.
     A run that is asked to end (SIGTERM or SIGINT, to any of its processes) finishes its step on all of them, saves and
     ends with status 75; a second SIGINT ends it at once. After an error in one of several processes what stays is the
     checkpoint of the last interval.
@@ -53,6 +54,7 @@ class LastCheckpoint(_RunCheckpoint):
         super().__init__(dirpath)
         self.every_n_steps = every_n_steps
         self._saved_step: int | None = None
+        self._ended_step: int | None = None  # with all that its callbacks do
         self._asked_to_end: str | None = None
         self._listening = False
         self._at_once = False
@@ -61,6 +63,7 @@ class LastCheckpoint(_RunCheckpoint):
         """Start anew: a callback may serve several fits."""
         super().setup(trainer, pl_module, stage)
         self._saved_step, self._asked_to_end, self._listening, self._at_once = None, None, False, False
+        self._ended_step = None
 
     # ------------------------------------------------------------------ asked to end
 
@@ -71,7 +74,8 @@ class LastCheckpoint(_RunCheckpoint):
         forever, and the state in the middle of an update is none to save. Lightning puts back what was there before.
         """
         if self._saved_step is None:
-            self._saved_step = trainer.global_step  # that of the checkpoint which the run is resumed from, or 0
+            # That of the checkpoint which the run is resumed from, or 0.
+            self._saved_step = self._ended_step = trainer.global_step
         if not self._listening and threading.current_thread() is threading.main_thread():
             self._listening = True
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -110,6 +114,7 @@ class LastCheckpoint(_RunCheckpoint):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save at the interval and after the last step; end if asked to."""
+        self._ended_step = trainer.global_step  # Lightning lets checkpoints come after all other callbacks
         if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
             self._save(trainer)
         self._end_if_asked(pl_module)
@@ -117,14 +122,15 @@ class LastCheckpoint(_RunCheckpoint):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Keep the state of a run that breaks off, where it is one that training can go on from.
 
-        Not before training begins, nor in the middle of an update, nor where training stopped itself, nor where one of
-        several ranks may be alone with its error: writing a checkpoint takes all of them, and waiting for the others it
-        would hang.
+        Not before training begins, nor between the begin of an update and the end of its step, nor where training
+        stopped itself, nor where one of several ranks may be alone with its error: writing a checkpoint takes all of
+        them, and waiting for the others it would hang.
         """
         alone = trainer.world_size == 1 or (isinstance(exception, StopRequested) and not self._at_once)
         spoilt = isinstance(exception, ConfigError | TrainingStopped) or pl_module.is_updating
         if isinstance(exception, TrainingStopped):
             _expect_all_to_end()
+        spoilt |= trainer.global_step != self._ended_step  # a step that has not noted its cliffs and what it spent
         begun = trainer.state.fn == TrainerFn.FITTING and self._saved_step is not None
         if begun and alone and not spoilt:
             progress = trainer.fit_loop.epoch_loop.batch_progress

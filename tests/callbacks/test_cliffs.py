@@ -223,25 +223,30 @@ def test_in_a_run_former_cliffs_are_those_of_earlier_steps_also_after_a_resume(t
 
 
 class BreaksOff(Station):
-    """Fails once, after everything of a step but the update, and notes where evaluations are made."""
+    """Fails once, right before a step's update or right after it, and notes where evaluations are made."""
 
-    def __init__(self, step=None):
-        self.step, self.evaluated = step, []
+    def __init__(self, step=None, late=False):
+        self.step, self.late, self.evaluated = step, late, []
 
     def after_distillation(self, trainer, pl_module, batch):
-        if trainer.global_step == self.step:
+        if not self.late and trainer.global_step == self.step:
+            raise RuntimeError("boom")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.late and trainer.global_step - 1 == self.step:
             raise RuntimeError("boom")
 
     def on_validation_start(self, trainer, pl_module):
         self.evaluated.append(trainer.global_step)
 
 
-def test_a_step_that_breaks_off_comes_again(tmp_path):
-    """With former cliffs in the batch, whose return that step had noted already."""
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_that_breaks_off_comes_again(tmp_path, late):
+    """With former cliffs in the batch, whose return that step had noted already; late, its update is made twice."""
 
     def fit(folder, breaks_off, ckpt_path=None):
         tape = Steps()
-        replay, last = CliffReplay(max_share=0.5, after_steps=1), LastCheckpoint(every_n_steps=100)
+        replay, last = CliffReplay(max_share=0.5, after_steps=1), LastCheckpoint(every_n_steps=4 if late else 100)
         trainer = toy.trainer(
             folder, tape, breaks_off, replay, last, max_steps=7, val_check_interval=3, limit_val_batches=1
         )
@@ -253,11 +258,11 @@ def test_a_step_that_breaks_off_comes_again(tmp_path):
 
     steps, evaluated, history = fit(tmp_path / "a", BreaksOff())
     assert evaluated == [0, 3, 6, 7]
-    first, before, _ = fit(tmp_path / "b", BreaksOff(4))
-    assert len(first) == 4
+    first, before, _ = fit(tmp_path / "b", BreaksOff(4, late))
+    assert len(first) == 4 + late
     (checkpoint,) = (tmp_path / "b").rglob("last.ckpt")
     rest, after, resumed = fit(tmp_path / "b", BreaksOff(), checkpoint)
-    assert first + rest == steps
+    assert first[:4] + rest == steps
     assert any(row in {r for rows, *_ in steps[:4] for r in rows} for row in rest[0][0]), "a former cliff is among them"
     assert before + after == evaluated
     assert (resumed.visits, resumed.distilled) == (history.visits, history.distilled)
