@@ -38,7 +38,8 @@ class TransformersEngine(GenerationEngine):
     """Samples with the policy's own weights; there is nothing to synchronise.
 
     Args:
-        max_sequences: bound on the completions that are decoded at the same time (it bounds the cache's memory).
+        max_sequences: bound on the completions that are decoded at the same time (it bounds the cache's memory); those
+            of one prompt always are, however many.
         compaction: finished rows are dropped when they make up at least this share of the batch.
         use_drafts: guess tokens from drafts where a caller gives some; the completions are the same without.
 
