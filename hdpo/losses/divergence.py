@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Divergence(ABC):
         largest: what it cannot exceed, in nats; None where there is no bound.
     """
 
-    largest: ClassVar[float | None] = None
+    largest: float | None = None
 
     @abstractmethod
     def __call__(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
@@ -67,6 +67,8 @@ class JSD(Divergence):
     def __init__(self, tail: Tail = "exact") -> None:
         check_choice("model.divergence.tail", tail, get_args(Tail))
         self.tail: Tail = tail
+        if tail == "paper":
+            self.largest = 1.5 * math.log(2)
 
     def __call__(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
         """See :func:`hdpo.functional.topk_jsd_from_logps`."""
