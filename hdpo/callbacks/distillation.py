@@ -113,10 +113,11 @@ class DistillationRefresh(Callback):
         """Refuse what does not go together."""
         if self.sampled_by == "ema" and not isinstance(pl_module.teacher, EMATeacher):
             raise ConfigError("distillation.sampled_by=ema needs model.teacher=EMATeacher, whose weights sample")
-        if self.target == "token" and isinstance(pl_module.divergence, ReverseKL):
+        if (self.target == "token" or self.topk == 1) and isinstance(pl_module.divergence, ReverseKL):
             raise ConfigError(
-                "distillation.target=token has no gradient under model.divergence=ReverseKL, which compares within the "
-                "teacher's tokens: take ForwardKL (cross-entropy) or JSD"
+                f"distillation.{'target=token' if self.target == 'token' else 'topk=1'} has no gradient under "
+                "model.divergence=ReverseKL, which compares within the teacher's tokens: take ForwardKL "
+                "(cross-entropy) or JSD"
             )
         if pl_module.privileged_policy_weight > 0:
             if self.sampled_by != "current":

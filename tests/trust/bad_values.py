@@ -96,7 +96,11 @@ WORDS = {
     "sampled by an average": (["--distillation.sampled_by=ema"], "distillation.sampled_by=ema needs"),
     "tokens without a gradient": (
         ["--distillation.target=token", "--model.divergence=hdpo.losses.ReverseKL"],
-        "no gradient under model.divergence",
+        "distillation.target=token has no gradient under model.divergence",
+    ),
+    "one token without a gradient": (
+        ["--distillation.topk=1", "--model.divergence=hdpo.losses.ReverseKL"],
+        "distillation.topk=1 has no gradient under model.divergence",
     ),
     "a policy gradient about another's rollouts": (
         ["--model.privileged_policy_weight=1", "--distillation.sampled_by=initial"],
