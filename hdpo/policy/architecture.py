@@ -13,7 +13,9 @@ from hdpo.distributed import decoder_layers
 from hdpo.errors import ConfigError, first_line
 from hdpo.files import resolve_path
 
-_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+#: What logits are multiplied by or bounded with, as architectures call it; Falcon-H1, RecurrentGemma and xLSTM last.
+_LOGITS = ["final_logit_softcapping", "logits_scaling", "logit_scale"]
+_LOGITS += ["lm_head_multiplier", "logits_soft_cap", "output_logit_soft_cap"]
 #: As Qwen, Mixtral and gpt-oss, DeepSeek, DBRX and Ernie call the number of a layer's experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

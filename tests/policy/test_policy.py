@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DbrxConfig,
@@ -28,7 +29,7 @@ from hdpo.policy import Policy, PolicyConfig, load_tokenizer
 from hdpo.policy import attention as attention_module
 from hdpo.policy import packing as packing_module
 from hdpo.policy import policy as policy_module
-from hdpo.policy.architecture import compile_layers, policy_config
+from hdpo.policy.architecture import check_architecture, compile_layers, policy_config
 from hdpo.policy.packing import Packing, TokenBatch
 from tests.helpers.models import SIZES, random_ids, random_model, random_policy
 from tests.helpers.reference import Reference
@@ -275,6 +276,33 @@ def test_models_with_transformed_logits_are_refused():
     sizes = {**SIZES, "head_dim": 8, "final_logit_softcapping": 30.0}
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         Policy(AutoModelForCausalLM.from_config(Gemma2Config(**sizes)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("falcon_h1", "lm_head_multiplier"),
+        ("recurrent_gemma", "logits_soft_cap"),
+        ("xlstm", "output_logit_soft_cap"),
+        ("cohere", "logit_scale"),
+        ("granite", "logits_scaling"),
+    ],
+)
+def test_whatever_the_transformation_is_called(kind, name, tmp_path):
+    """It is one: the model's own log-probabilities are others than those of its hidden states and output layer."""
+    sizes = {**SIZES, "num_hidden_layers": 3, name: 0.25}
+    sizes |= {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "lru_width": 32}
+    config = AutoConfig.for_model(kind, **sizes)
+    with pytest.raises(ConfigError, match=rf"{kind}: its logits pass through {name}"):
+        check_architecture(config)
+    if kind == "xlstm":  # needs a package of its own
+        return
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([[3, 4, 5]])).logits
+        plain = model.get_output_embeddings()(model.base_model(torch.tensor([[3, 4, 5]])).last_hidden_state)
+    assert (logits.log_softmax(-1) - plain.log_softmax(-1)).abs().max() > 1e-3
 
 
 MIXTURES = {
