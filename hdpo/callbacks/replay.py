@@ -25,7 +25,7 @@ class CliffReplay(Station):
         after_steps: steps from distillation to the first return, and from there to the second.
 
     Raises:
-        ConfigError: a share outside [0, 1], or a delay below 1.
+        ConfigError: a share outside [0, 1], a delay below 1, or prompts are exchanged too (``rollouts.max_resamples``).
     """
 
     def __init__(self, max_share: float = 0.0, after_steps: int = 20) -> None:
@@ -36,6 +36,14 @@ class CliffReplay(Station):
         self.after_steps = after_steps
         #: Positions in the global batch -> row of the former cliff that stands there in this step, and its returns.
         self._returned: dict[int, list[int]] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse to bring back what is exchanged at once: of what was put in its place the shares would be."""
+        if self.max_share > 0 and pl_module.rollouts.max_resamples:
+            raise ConfigError(
+                "replay.max_share brings former cliffs back (of the run that a checkpoint is from), but "
+                "rollouts.max_resamples exchanges those that still are ones for other prompts: set one of them to 0"
+            )
 
     def _due(self, history: Any, now: int) -> list[tuple[int, int, int]]:
         """Cliffs whose time has come: (since when, row, returns). One that is seen by chance has returned, too."""

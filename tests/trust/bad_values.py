@@ -102,6 +102,10 @@ WORDS = {
         ["--distillation.topk=1", "--model.divergence=hdpo.losses.ReverseKL"],
         "distillation.topk=1 has no gradient under model.divergence",
     ),
+    "cliffs that come back and are exchanged": (
+        ["--replay.max_share=.5", "--rollouts.max_resamples=1", "--model.distillation_weight=0"],
+        "replay.max_share brings former cliffs back",
+    ),
     "a policy gradient about another's rollouts": (
         ["--model.privileged_policy_weight=1", "--distillation.sampled_by=initial"],
         "distillation.sampled_by=current",
