@@ -138,7 +138,9 @@ class Policy(nn.Module):
         sharded = any(hasattr(p, "device_mesh") for p in self.parameters())
         if self.model.is_gradient_checkpointing or is_compiled(self.model) or sharded:
             return False
-        return set(attention_kinds(self.model)) <= MASKED_KINDS
+        # ALiBi (MPT) measures distances in columns, of which a shorter prompt's padding would take some.
+        attention = getattr(self.model.config.get_text_config(), "attn_config", None)
+        return set(attention_kinds(self.model)) <= MASKED_KINDS and not getattr(attention, "alibi", False)
 
     def _hidden(self, batch: TokenBatch) -> Tensor:
         """Hidden states ``[M, H]`` that predict the completion tokens; all others never meet the output layer."""

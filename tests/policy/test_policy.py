@@ -278,6 +278,23 @@ def test_models_with_transformed_logits_are_refused():
         Policy(AutoModelForCausalLM.from_config(Gemma2Config(**sizes)))
 
 
+def test_distances_in_columns_are_those_of_the_sequence():
+    """ALiBi, with prompts of different lengths that several completions share."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": SIZES["vocab_size"], "d_model": 32, "n_layers": 2, "n_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mpt", **sizes)).eval().double()
+    for weight in model.parameters():
+        weight.data *= 8 if weight.dim() > 1 else 1
+    prompts, completions = random_ids((1000, 300)), random_ids((3, 2, 4, 5, 3, 2))
+    sequences = Sequences([prompts[i % 2] for i in range(6)], completions)
+    found = Policy(model).completion_logps(sequences, token_budget=4096)
+    for logps, prompt, ids in zip(found, *sequences, strict=True):
+        with torch.no_grad():
+            plain = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = plain.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        assert (logps - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
