@@ -30,7 +30,7 @@ $(READY): pyproject.toml .ci/constraints.txt
 install: $(READY) ## Create the virtual environment
 
 ARMS := $(patsubst %,benchmarks/results/foreign/arms/%.yaml,grpo sft_on_cliffs hdpo initial_frozen)
-demo: $(READY) ## Four methods in the laboratory of the foreign hand (SEEDS=3 for three seeds)
+demo: $(READY) ## Train four methods in the laboratory of configs/lab_foreign.yaml (SEEDS=3 for three seeds)
 	@echo "== the same policy and prompts, four ways to deal with cliffs; what a run prints goes to runs/demo/*/fit.log"
 	$(BIN)/python -m hdpo sweep --config configs/lab_foreign.yaml --arms $(ARMS) --seeds $(SEEDS) --jobs 2 --out runs/demo
 	@echo "== next: $(BIN)/tensorboard --logdir runs/demo, make demo SEEDS=3 (is it noise?), and README.md for your policy and data"

@@ -1,4 +1,12 @@
-"""Hybrid Distillation Policy Optimization (arXiv 2603.23871) as a modular Lightning codebase."""
+"""Hybrid Distillation Policy Optimization (arXiv 2603.23871, here "the paper") as a modular Lightning codebase.
+
+A run is an :class:`HDPOModule` and an :class:`OpenMathDataModule` under a Lightning ``Trainer``; ``python -m hdpo fit``
+makes the same from YAML. To extend it, subclass :class:`Divergence`, :class:`PolicyLoss`, :class:`Teacher`,
+:class:`Verifier`, :class:`GenerationEngine` or :class:`Station`.
+
+Shapes in docstrings: B prompts, K rollouts per prompt, N sequences, M completion tokens of a micro-batch, V tokens in
+the vocabulary, k of them that the teacher reports. Log-probabilities and divergences are in nats.
+"""
 
 from __future__ import annotations
 

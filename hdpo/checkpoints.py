@@ -216,9 +216,9 @@ def check_state(module: Any, checkpoint: dict[str, Any]) -> int:
     for name in [n for n in {**wanted, **saved} if saved and wanted.get(n) != saved.get(n)][:1]:
         key = "model.teacher" if name.startswith("teacher.") else "model.policy.path"
         raise ConfigError(
-            f"{given} is of another model than {key} names: its {name} has the shape {saved.get(name, 'of nothing')}, "
-            f"and {wanted.get(name, 'none')} is wanted; resume with config.yaml of its run, or start a new run from "
-            "its exported policy"
+            f"{given} does not fit {key}: shape of {name}: {saved.get(name, 'none')} in the checkpoint, "
+            f"{wanted.get(name, 'none')} in the model; resume with config.yaml of its run, or start a new run from its "
+            "exported policy"
         )
     if not all_finite(checkpoint.get("state_dict", {}).values()):
         raise ConfigError(f"{given} holds weights that are not finite: resume from the one before")

@@ -17,26 +17,32 @@ USAGE = """usage: python -m hdpo COMMAND [--config FILE] [--KEY VALUE] ...
 
 Hybrid Distillation Policy Optimization: GRPO plus privileged self-distillation on cliff prompts.
 
-commands that run a configuration (`COMMAND --help` lists the sections, `COMMAND --help SECTION` their keys):
-  fit         train; --resume auto continues the newest run of this configuration, --ckpt_path FILE the one named
-  validate    evaluate on the validation split: pass@k, greedy accuracy, one record per problem
-  test        the same on the test split
+commands that run a configuration (`COMMAND --help` lists the sections, `COMMAND --help SECTION` explains their keys):
+  fit         train; --resume auto continues the newest run of this configuration, --ckpt_path FILE a certain checkpoint
+  validate    evaluate on the validation split: pass@k, greedy accuracy, one record per problem and sample
+  test        evaluate on the test split
   predict     write completions as JSON lines
 
-commands about runs:
-  plan        --config FILE [--devices N --memory_gb 80]  what fits on which GPUs, and with which overlay
-  sweep       --config FILE --arms A B --set KEY=V1,V2 --seeds 3 --jobs 2   runs in many variants; continues if repeated
-  report      RUN [RUN ...] [--baseline SETTING --primary ENDPOINT ...]     settings with intervals and tests, figures
-  show        RUN [--cliffs] [--problem ID]               samples and verdicts in the terminal
-  export      --config FILE --ckpt_path FILE --out DIR    a checkpoint as a Hugging Face model
+commands around runs (`COMMAND --help` explains the options):
+  plan        the GPU memory that a configuration needs, and which overlay makes it fit
+              --config FILE [--devices N --memory_gb 80]
+  sweep       fit in several variants and seeds; the same command continues it
+              --config FILE [--arms FILE FILE --set KEY=V1,V2 --seeds 3 --jobs 2]
+  report      compare runs: outcomes with intervals over runs, tests, figures
+              RUN [RUN ...] [--baseline SETTING --primary ENDPOINT ...]
+  show        read a run's completions with their verdicts
+              RUN [--cliffs] [--problem ID]
+  export      write a checkpoint as a Hugging Face model
+              --config FILE --ckpt_path FILE --out DIR
 
-FILE may also be the name of a configuration that ships with hdpo: hdpo, lab, teacher/frozen, strategy/ddp, ...
+A configuration FILE is a path, or the name of one that ships with hdpo: hdpo, lab, teacher/frozen, strategy/ddp, ...
+Of several --config and --KEY VALUE the later ones override the earlier ones.
 
-exit status: 0 finished, 2 a mistake of yours (one line), 3 training stopped itself, 75 asked to end and resumable
+exit status: 0 finished, 2 a mistake of yours (told in one line), 3 training stopped itself, 75 asked to end, resumable
 
 examples:
   python -m hdpo fit --config lab
-  python -m hdpo fit --config hdpo --config teacher/frozen
+  python -m hdpo fit --config hdpo --config teacher/frozen --model.distillation_weight 0.01
   python -m hdpo validate --config hdpo --ckpt_path runs/hdpo/version_0/checkpoints/last.ckpt
 """
 

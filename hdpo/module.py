@@ -48,7 +48,8 @@ class HDPOModule(LightningModule):
     """Owns the policy, the teacher, the losses, the engine, the verifier, the metrics and the stations of a step.
 
     One loader batch is one step, whatever the number of updates, micro-batches and ranks. With
-    ``distillation_weight`` 0 this IS the GRPO baseline: the same code, and no privileged work at all.
+    ``distillation_weight`` and ``privileged_policy_weight`` 0 this IS the GRPO baseline: the same code, and no
+    privileged work at all.
 
     Args:
         policy: which model is trained.
@@ -56,15 +57,15 @@ class HDPOModule(LightningModule):
         verifier: grades final answers; default math-verify in worker processes.
         optimizer: from YAML; default AdamW as in the paper's Table 2.
         lr_scheduler: from YAML, stepped once per step; default linear warm-up, then constant (Table 2).
-        policy_loss: the policy-gradient loss; default :class:`~hdpo.losses.ClippedPolicyLoss`, the paper's.
+        policy_loss: the policy-gradient loss; default ``hdpo.losses.ClippedPolicyLoss``, the paper's.
         distillation_weight: lambda, the weight of the distillation loss; 0 is GRPO.
         privileged_policy_weight: weight of the policy loss on the privileged rollouts in their own context, relative to
             the plain ones: with distillation the joint training of pi-Distill (arXiv 2602.04942), which keeps the
             ability to use the context; without it hinted GRPO (POPE, arXiv 2601.18779; QuestA, 2507.13266).
-        divergence: distance between teacher and student; default :class:`~hdpo.losses.JSD`, the paper's.
-        teacher: whose distribution is distilled; default :class:`~hdpo.teacher.DriftingTeacher`, the current weights.
+        divergence: distance between teacher and student; default ``hdpo.losses.JSD``, the paper's.
+        teacher: whose distribution is distilled; default ``hdpo.teacher.DriftingTeacher``, the current weights.
         update: number of updates per step, gradient clipping, micro-batches.
-        pass_k: the k of pass@k in evaluations; a named set reports those that its own number of samples allows.
+        pass_k: the values of k in pass@k; a named evaluation set reports those that its number of samples allows.
         rollouts: the first station; on the command line the section ``rollouts``.
         cliffs: the second station; the section ``cliffs``.
         distillation: the third station; the section ``distillation``.

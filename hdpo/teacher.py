@@ -1,6 +1,7 @@
 """The teacher: which weights read the privileged context (paper, section 3.3).
 
-The privileged rollouts are always sampled from the current policy; the teacher only gives their token distribution.
+The teacher gives the token distribution that is distilled. Who samples the privileged rollouts is another choice
+(``distillation.sampled_by``).
 
 - drifting: the current weights. The teacher is as good as the policy is, and the same-model bound (Proposition 1) holds
   with its second term at zero.
@@ -26,7 +27,10 @@ __all__ = ["DriftingTeacher", "EMATeacher", "FrozenTeacher", "Teacher", "teacher
 
 
 class Teacher(nn.Module):
-    """Interface: whose distribution is distilled."""
+    """Interface of what is distilled from: the weights that read the privileged context.
+
+    A teacher of your own is a subclass with :meth:`policy`; its constructor's arguments become ``init_args``.
+    """
 
     @abstractmethod
     def policy(self, student: Policy) -> Policy:
@@ -45,7 +49,7 @@ class Teacher(nn.Module):
 
 
 class DriftingTeacher(Teacher):
-    """The current weights, without any averaging."""
+    """The current weights: the student teaches itself (paper, section 3.3)."""
 
     def policy(self, student: Policy) -> Policy:
         """Return the student itself."""
@@ -53,9 +57,9 @@ class DriftingTeacher(Teacher):
 
 
 class FrozenTeacher(Teacher):
-    """The weights at the start of training, loaded from the initial policy; checkpoints do not hold them.
+    """The weights at the start of training (paper, section 3.3), loaded from the initial policy, not from checkpoints.
 
-    A policy with an adapter is its own initial policy with the adapter off.
+    With LoRA they are the student's own weights with the adapter off, and take no memory.
     """
 
     def __init__(self) -> None:
@@ -80,8 +84,8 @@ class FrozenTeacher(Teacher):
 class EMATeacher(Teacher):
     """``teacher <- decay * teacher + (1 - decay) * student`` after each step; a checkpoint holds it.
 
-    Of a policy with an adapter the average is an adapter too, of the matrices A and B each, not of their product; it
-    stands on the student's own weights, which do not change.
+    It is not in the paper. With LoRA the average is an adapter too, on the student's own base weights; A and B are
+    averaged each, not their product.
 
     Args:
         decay: in [0, 1]; 0 is the drifting and 1 the frozen teacher.

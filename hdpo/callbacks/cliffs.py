@@ -16,20 +16,21 @@ from hdpo.functional import has_variance
 
 
 class CliffDetection(Callback):
-    """Marks the prompts all of whose rollouts failed, and logs which, of which sources, and which are solved later.
+    """Marks the prompts on which all rollouts failed (cliffs), logs their sources, and which of them are solved later.
 
     A cliff needs a verdict on every rollout: one that could not be graded may have been a success. A prompt without
     success whose verdicts are not complete is counted as ``cliff/ungraded``.
 
-    Each cliff is remembered. Of those that are seen again, ``cliff/converted`` is the share that has a success without
-    help, ``cliff/converted_distilled`` the same of those that were distilled in between, and
-    ``cliff/steps_to_success`` the steps from the fall to the first success.
+    Each cliff is remembered. Of those that are seen again, ``cliff/converted`` is the share with a success without
+    help, ``cliff/converted_distilled`` the same share among those that were distilled in between, and
+    ``cliff/steps_to_success`` the number of steps from the first failure to the first success.
 
     Args:
         threshold: a prompt is a cliff if the sum of its rewards is at most this (paper, Table 2: 0.0); null: if none of
-            its rollouts is correct, which is the same where rewards are 1 and 0, and right where they are of several.
+            its rollouts is correct, which is the same where rewards are 1 and 0, and right for sums of rewards, too.
         reference_in_group: whether the reference solution joins a cliff's group as one more member with reward 1, which
-            the policy did not write (LUFFY, arXiv 2504.14945); see ``model.policy_loss.off_policy_shaping``.
+            the policy did not write (LUFFY, arXiv 2504.14945); see
+            ``model.policy_loss.init_args.off_policy_shaping``.
         max_reference_tokens: longer reference solutions do not join.
 
     Raises:

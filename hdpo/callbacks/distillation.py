@@ -41,22 +41,22 @@ Target = Literal["distribution", "token"]
 
 
 class DistillationRefresh(Callback):
-    """Refreshes the buffer of completions to distil on cliffs, and adds what of it is distilled in this step.
+    """Samples and filters the completions that are distilled on cliffs, and adds the teacher's logits for them.
 
     With ``model.distillation_weight`` and ``model.privileged_policy_weight`` 0 it does nothing.
 
     Args:
         num_privileged: J, privileged rollouts per cliff.
-        max_cliffs_per_step: privileged rollouts are sampled for at most this many cliffs of the GLOBAL batch
-            (paper, Table 2: 32), those that come first in it.
-        temperature: of the privileged rollouts.
-        max_new_tokens: their token limit; a longer reference solution is not distilled.
+        max_cliffs_per_step: privileged rollouts are sampled for at most this many cliffs of the GLOBAL batch,
+            the first in it (paper, Table 2: 32).
+        temperature: sampling temperature of the privileged rollouts.
+        max_new_tokens: token limit of the privileged rollouts; a longer reference solution is not distilled.
         success_reward: a privileged rollout is kept if its reward is at least this (paper, Table 2: 1.0); 0 keeps all;
-            null: if it is correct, which is the same where rewards are 1 and 0, and right where they are of several.
+            null: if it is correct, which is the same where rewards are 1 and 0, and right for sums of rewards, too.
         topk: how many of the teacher's logits are distilled (paper, Table 2: 64).
-        refresh_every: steps that the buffer lives. With 1 (paper) it holds this step's rollouts. With more, the
-            rollouts are sampled every ``refresh_every`` steps and distilled in each step between; the teacher reads
-            them anew in each step, so that a drifting teacher is always the current policy.
+        refresh_every: number of steps that completions are kept. With 1 (paper) they are this step's. With more, they
+            are sampled every ``refresh_every`` steps and distilled in each of them; the teacher reads them anew in
+            each step, so that a drifting teacher is always the current policy.
         completions: whose completions are distilled: ``privileged`` rollouts (paper), the ``reference`` solution of
             every cliff (supervision on the hardest questions: ReLIFT, arXiv 2506.07527), or the student's own
             ``failures`` (on-policy self-distillation: OPSD, arXiv 2601.18734; SDPO, 2601.20802; SDFT, 2601.19897).
@@ -122,8 +122,8 @@ class DistillationRefresh(Callback):
         if pl_module.privileged_policy_weight > 0:
             if self.sampled_by != "current":
                 raise ConfigError(
-                    "model.privileged_policy_weight needs distillation.sampled_by=current: a policy gradient is about "
-                    "the rollouts of the policy itself"
+                    "model.privileged_policy_weight needs distillation.sampled_by=current: a policy gradient needs the "
+                    "policy's own rollouts"
                 )
             check_at_least(2, distillation__num_privileged=self.num_privileged)
 

@@ -26,13 +26,13 @@ class RolloutGeneration(Callback):
     Args:
         num_generations: K, completions per prompt in training; at least 2.
         max_new_tokens: token limit of a completion.
-        temperature: of the training rollouts, and of the policy loss, which is about the distribution that was sampled;
-            > 0. There is no top-p or top-k for the same reason.
+        temperature: of the training rollouts; > 0. The policy loss uses the same, since its log-probabilities must be
+            those of the distribution that was sampled; for the same reason there is no top-p or top-k.
         num_val_samples: n, sampled completions per problem in validation; one greedy completion is added.
         val_temperature: of the sampled validation completions.
         val_max_new_tokens: token limit in validation; null for ``max_new_tokens``.
-        max_resamples: so many times a step exchanges the prompts whose groups have no variance for others, drawn at
-            random from the training problems, and samples those (dynamic sampling: DAPO, arXiv 2503.14476, section
+        max_resamples: how many times a step may exchange the prompts whose groups have no variance for others, drawn at
+            random from the training problems, and sample again (dynamic sampling: DAPO, arXiv 2503.14476, section
             3.2, within a budget). Where the budget is used up, groups without variance stay.
         num_checked_sequences: completions whose log-probabilities are compared with the policy's after each weight
             synchronisation of the engine.

@@ -25,7 +25,7 @@ class Station(Callback):
     (Python). Several act in the order of that list. The experience may be changed in place.
 
     Example:
-        A length penalty. After cliff detection, so that it makes no prompt a cliff and saves none from being one::
+        A length penalty. It comes after cliff detection, so that it decides about no cliff::
 
             class LengthPenalty(Station):
                 def __init__(self, per_token: float = 0.001) -> None:
@@ -43,7 +43,7 @@ class Station(Callback):
         """Act on scored rollouts; ``batch.rollouts`` has been added."""
 
     def after_cliffs(self, trainer: Any, pl_module: Any, batch: Experience) -> None:
-        """Act when it is known who fell off; ``batch.is_cliff`` has been added."""
+        """Act when the cliffs are known; ``batch.is_cliff`` has been added."""
 
     def after_distillation(self, trainer: Any, pl_module: Any, batch: Experience) -> None:
         """Act right before the update; ``batch.privileged`` and ``batch.distillation`` have been added."""

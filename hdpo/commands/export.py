@@ -64,9 +64,9 @@ def main(args: Sequence[str]) -> int:
     """Run ``python -m hdpo export``; returns the exit status."""
     import yaml
 
-    parser = CommandParser("export", description=export_checkpoint.__doc__)
+    parser = CommandParser("export", description="Write a checkpoint's policy and tokenizer as a Hugging Face model.")
     parser.add_argument("--config", action="append", required=True, help="the run's config.yaml; later ones override")
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint file, or folder of a sharded one")
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint: a file, or a folder where it is sharded")
     parser.add_argument("--out", required=True, help="folder to write")
     options = parser.options(args)
     settings: dict[str, Any] = {}

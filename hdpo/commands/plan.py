@@ -120,14 +120,14 @@ def main(args: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m hdpo plan",
-        description="GiB on each GPU at the peak of each phase, by strategy and engine, and what to set for it to fit. "
+        description="GiB on each GPU at the peak of each phase, by strategy and engine, and what makes the run fit. "
         "Memory only, computed by hdpo/commands/memory.py. The exit status is 1 if nothing fits.",
-        epilog="All else is as for `fit`: --config FILE (may be repeated), --model.update.micro_batch_tokens 8192, ...",
+        epilog="All other arguments are those of `fit`: --config FILE, --model.update.micro_batch_tokens 8192, ...",
         allow_abbrev=False,
     )
     parser.add_argument("--devices", type=int, metavar="N", help="GPUs (default: trainer.devices x num_nodes)")
     parser.add_argument("--memory_gb", type=float, default=80.0, help="GiB of one GPU (default %(default)s)")
-    parser.add_argument("--table", action="store_true", help="Qwen2.5 of 1.5B and 7B on 1 and 8 GPUs instead")
+    parser.add_argument("--table", action="store_true", help="print docs/what-fits-where.md's table instead")
     options, rest = parser.parse_known_args(args)
     for word in rest:  # what `fit` would know nothing of
         own = ("--devices", "--memory_gb", "--table") if word.startswith("--") and "." not in word else ()

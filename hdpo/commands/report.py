@@ -28,18 +28,18 @@ def _parser() -> CommandParser:
         description="Compare runs: tables with intervals over runs and tests, figures, and curves for TensorBoard.",
     )
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="folder of a run, or of folders of runs")
+    add("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder that holds runs")
     add("--question", action=ActionConfigFile, metavar="FILE", help="YAML file with the options below")
     add("--baseline", metavar="SETTING", help="what the others are compared with; default: the setting with weight 0")
-    add("--primary", nargs="+", default=[], metavar="ENDPOINT", help="METRIC or METRIC:SOURCE+SOURCE that decides")
-    add("--family", nargs="+", default=[], metavar="SETTING", help="settings tested together (Holm)")
-    add("--margin", type=float, metavar="X", help="how much lower an outcome may be and still count as not lower")
-    add("--last", type=int, default=5, help="a run's outcome is the mean of so many of its last evaluations")
+    add("--primary", nargs="+", default=[], metavar="ENDPOINT", help="what decides: METRIC, or METRIC:SOURCE+SOURCE")
+    add("--family", nargs="+", default=[], metavar="SETTING", help="settings whose tests are corrected together (Holm)")
+    add("--margin", type=float, metavar="X", help="non-inferiority margin: how much lower still counts as not lower")
+    add("--last", type=int, default=5, help="a run's outcome is the mean of its last LAST evaluations")
     add("--split", metavar="NAME", help="validation or test; default: test where all runs have it")
-    add("--ignore", nargs="+", default=[], metavar="KEY", help="keys in which repetitions may differ, as in their seed")
-    add("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="only runs with these; default: all")
-    add("--out", metavar="DIR", help="where to write; default: report in the first RUN")
-    add("--compact", metavar="DIR", help="also write each run's verdicts, without texts, as one file of a few KB there")
+    add("--ignore", nargs="+", default=[], metavar="KEY", help="keys in which runs of one setting may differ")
+    add("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="only runs with these seeds; default: all")
+    add("--out", metavar="DIR", help="folder to write; default: report in the first RUN")
+    add("--compact", metavar="DIR", help="also write a file per run there: its verdicts without texts, a few KB")
     return parser
 
 

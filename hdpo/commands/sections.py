@@ -57,5 +57,5 @@ def _overview(command: str, groups: Sequence[tuple[str | None, list[argparse.Act
         if names:
             yield f"{section}: {title}".removesuffix(":") if section else "of the command:"
             yield textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  ") + "\n"
-    yield f"{command} --help SECTION tells what the keys of a section mean (--help model, --help data.selection),"
-    yield f"{command} --model.engine.help CLASS those of a class that is named by its path."
+    yield f"{command} --help SECTION explains the keys of a section (--help model, --help data.selection),"
+    yield f"{command} --model.engine.help CLASS those of a class (hdpo.VLLMEngine)."

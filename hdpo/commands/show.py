@@ -18,16 +18,16 @@ Row = dict[str, Any]
 def _parser() -> CommandParser:
     parser = CommandParser(
         "show",
-        description="Problems with their completions and verdicts: from samples.jsonl (training, privileged ones too), "
-        "or with --problem over all evaluations. Pipe it into a pager.",
+        description="Print problems with their completions and verdicts: those that training logged in samples.jsonl, "
+        "privileged rollouts included, or with --problem one problem in all evaluations. Pipe it into a pager.",
     )
     add = parser.add_argument
     add("run", type=str, help="the run's folder")
-    add("--cliffs", action="store_true", help="cliffs alone")
-    add("--step", type=int | None, default=None, help="of this step; default: the last that has any")
+    add("--cliffs", action="store_true", help="only cliffs")
+    add("--step", type=int | None, default=None, help="only this step; default: the last with samples")
     add("--problem", type=str | None, default=None, help="one problem over all steps: the id that show prints, or ROW "
         "or SET:ROW of an evaluation")  # fmt: skip
-    add("--num_completions", type=int, default=4, help="completions of a problem that are printed in full")
+    add("--num_completions", type=int, default=4, help="completions per problem that are printed in full")
     return parser
 
 

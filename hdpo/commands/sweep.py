@@ -54,20 +54,20 @@ def _parse(args: Sequence[str]) -> Any:
     split = args.index("--") if "--" in args else len(args)
     parser = CommandParser(
         "sweep",
-        description="Run `fit` in several variants and seeds; repeat the command to continue it.",
-        epilog="Arguments after -- go to every fit, for example: -- --trainer.max_steps 50",
+        description="Run `fit` in several variants and seeds. The same command continues an interrupted sweep.",
+        epilog="Arguments after -- are passed to every fit, for example: -- --trainer.max_steps 50",
     )
     add = parser.add_argument
     add("--config", action="append", required=True, metavar="FILE", help="as for fit; may be repeated")
-    add("--arms", nargs="+", default=[], metavar="FILE", help="overlays, one per arm; their names name the arms")
+    add("--arms", nargs="+", default=[], metavar="FILE", help="one overlay per arm; an arm is named after its file")
     add(
         "--set", action="append", default=[], metavar="KEY=V1,V2", help="values of a key; several give all combinations"
     )
     add("--weights", metavar="W1,W2", help=f"short for --set {WEIGHT}=W1,W2")
-    add("--seeds", default="3", help="how many (0, 1, ...), or which: 0,7,9 (default: %(default)s)")
-    add("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    add("--seeds", default="3", help="how many, or which: 0,7,9; one alone: 7, (default: %(default)s)")
+    add("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
     add("--out", default="runs/sweep", metavar="DIR", help="folder of the runs (default: %(default)s)")
-    add("--other_code", action="store_true", help="keep and continue runs that another version of the code made")
+    add("--other_code", action="store_true", help="keep and continue runs of another version of the code")
     options = parser.options(args[:split])
     options.extra = args[split + 1 :]
     if options.jobs < 1:

@@ -44,7 +44,7 @@ class ColumnMapping:
             if getattr(self, key) == "None":  # what jsonargparse makes of a null on the command line
                 object.__setattr__(self, key, None)
         for name in set(self.extra) & {"prompts", "completions", "references"}:
-            raise ConfigError(f"columns.extra: verifiers know {name!r} as something else; rename the data's column")
+            raise ConfigError(f"columns.extra: verifiers use the name {name!r} for something else; rename the column")
 
     def named(self) -> dict[str, str]:
         """Return the columns that are read: key of the configuration -> name of the column."""

@@ -149,7 +149,7 @@ class Source:
         formats = {FORMATS.get(file.suffix, file.suffix) for file in files}
         if len(formats) > 1 or not formats <= set(FORMATS.values()):
             raise ConfigError(
-                f"{self.key}.path: {path} stands for files of format {', '.join(sorted(formats))}; "
+                f"{self.key}.path: {path} matches files of format {', '.join(sorted(formats))}; "
                 f"give files of one format, ending in {', '.join(FORMATS)}"
             )
         return files

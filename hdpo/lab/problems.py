@@ -5,8 +5,8 @@ A story of tier k applies k operations (plus, minus, double, triple) to a number
     Ben has 6 shells, triples them, loses 4. How many shells now?
     6*3=18. 18-4=14. So \boxed{14}
 
-:func:`foreign_rows` has the same stories with another hand's references, which name each result first, or write each
-step in other signs; the policy's own way of writing stands beside them::
+:func:`foreign_rows` has the same stories with references in another style than the policy's own: they name each result
+first, or write each step in other signs::
 
     18=6*3. 14=18-4. So \boxed{14}
     6*3 makes 18; 18-4 makes 14; So \boxed{14}
@@ -217,7 +217,7 @@ def _mixed_rows(
 def foreign_rows(
     num_problems: int | None = None, *, style: Style = "result_first", **options: Any
 ) -> Iterator[dict[str, str]]:
-    r"""Yield the rows of :func:`rows` with their references in a foreign hand.
+    r"""Yield the rows of :func:`rows` with their references in another style than the policy's own.
 
     Args:
         num_problems: as for :func:`rows`.

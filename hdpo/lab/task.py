@@ -110,7 +110,7 @@ FOREIGN = Task(
     # these end at three steps: tier 4 is solved now and then, 5 and 6 are cliffs.
     recipe=Recipe(plain_tiers={1: 0.4, 2: 0.35, 3: 0.25}, answer_only_tiers={1: 1.0, 2: 1.0, 3: 1.0}),
 )
-"""References in another hand's notation: the context can be read and translated, and never copied."""
+"""References in another style than the policy's own: the context can be read and translated, and never copied."""
 
 TRANSFER = Task(
     "transfer",

@@ -32,7 +32,7 @@ class Divergence(ABC):
     A divergence of your own is a subclass with ``__call__``; its constructor's arguments become ``init_args``.
 
     Attributes:
-        largest: what it cannot exceed, in nats; None where there is no bound.
+        largest: upper bound in nats; None where there is none.
     """
 
     largest: float | None = None
@@ -55,8 +55,8 @@ class JSD(Divergence):
     """Jensen-Shannon divergence (paper, section 3.3 and Algorithm 1, line 16).
 
     Args:
-        tail: what the student's mass outside the teacher's top k adds: ``exact``, or the ``paper``'s literal factor,
-            which is twice that.
+        tail: what the student's mass outside the teacher's top k adds: ``exact`` (1/2 ln 2 per unit of mass), or the
+            ``paper``'s printed factor, which is twice that.
 
     Raises:
         ConfigError: another tail.
@@ -79,9 +79,9 @@ class GeneralizedJSD(Divergence):
     """The JSD with another mixture than half and half (generalised knowledge distillation, arXiv 2306.13649).
 
     Args:
-        teacher_weight: b of the mixture ``b * teacher + (1 - b) * student``, in (0, 1); 1/2 is the JSD. Towards 0 the
-            gradient vanishes less where the student has almost no mass on the teacher's token, and the loss is smaller
-            by about b: raise ``model.distillation_weight`` accordingly.
+        teacher_weight: b of the mixture ``b * teacher + (1 - b) * student``, in (0, 1); 1/2 is the JSD. The smaller b,
+            the less the gradient vanishes where the student has almost no mass on the teacher's token; the loss shrinks
+            by about b, so raise ``model.distillation_weight`` accordingly.
 
     Raises:
         ConfigError: a weight outside (0, 1).
@@ -98,7 +98,7 @@ class GeneralizedJSD(Divergence):
 
 
 class ForwardKL(Divergence):
-    """KL(teacher || student): the gradient stays where the student has almost no mass on the teacher's tokens.
+    """KL(teacher || student): its gradient does not vanish where the student has almost no mass on a teacher's token.
 
     With ``distillation.target: token`` it is the cross-entropy of supervised learning.
     """
@@ -109,7 +109,7 @@ class ForwardKL(Divergence):
 
 
 class ReverseKL(Divergence):
-    """KL(student || teacher), both conditioned on the teacher's top k."""
+    """KL(student || teacher), both conditioned on the teacher's top k tokens: no gradient moves mass onto these."""
 
     def __call__(self, student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
         """See :func:`hdpo.functional.topk_reverse_kl_from_logps`."""

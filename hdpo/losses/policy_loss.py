@@ -38,8 +38,8 @@ class PolicyLoss(ABC):
     the KL penalty) is computed here.
 
     Args:
-        advantage_scale: what group advantages are divided by: the group's ``std``, ``none``, or
-            ``leave_one_out_std`` (a known defect, for parity only).
+        advantage_scale: what group advantages are divided by: the group's ``std``, ``none`` (1), or
+            ``leave_one_out_std`` (defective; only for parity with the paper's code base).
         aggregation: mean over all ``token``s of the step (paper) or over ``sequence``s of their token means.
         mask_truncated: leave completions that hit the token limit out of loss and denominator.
         count_zero_variance: whether tokens of groups without variance count in the denominator (paper: yes).
@@ -197,8 +197,11 @@ class ClippedPolicyLoss(PolicyLoss):
 
     Args:
         clip_eps_low: lower clip of the probability ratio, 1 - clip_eps_low; in [0, 1].
-        clip_eps_high: upper clip, 1 + clip_eps_high.
+        clip_eps_high: upper clip, 1 + clip_eps_high; at least 0.
         options: see :class:`PolicyLoss`.
+
+    Raises:
+        ConfigError: a value outside its range; the message names the key.
     """
 
     def __init__(self, clip_eps_low: float = 0.2, clip_eps_high: float = 0.2, **options: Any) -> None:

@@ -31,11 +31,11 @@ class PolicyConfig:
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more compute.
         compile: compile the decoder layers (``torch.compile``): fewer passes over memory in the update, for a minute or
             two at its start. Checkpoints are the same.
-        gather_dtype: dtype in which FSDP2 gathers weights for the computation, where it is not theirs; gradients are
+        gather_dtype: dtype in which FSDP2 gathers weights for the computation; null for their own. Gradients are
             summed in float32. bfloat16 halves what is sent and held of gathered weights, and makes norms and the
             residual stream bfloat16 too, which ``trainer.precision: bf16-mixed`` leaves in float32.
         trust_remote_code: allow model code from the hub.
-        lora: train low-rank matrices in place of the weights (see :class:`~hdpo.policy.lora.LoRAConfig`); null for all
+        lora: train low-rank matrices in place of the weights (keys ``r``, ``alpha``, ``target_modules``); null for all
             weights.
     """
 
@@ -68,7 +68,7 @@ def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {config.path!r} has no end-of-sequence token: completions could not end")
     if not tokenizer.encode("1 + 1", add_special_tokens=False):  # what transformers makes of a folder without one
-        raise ConfigError(f"model.policy.path: the tokenizer of {config.path!r} has no vocabulary: give its files, too")
+        raise ConfigError(f"model.policy.path: the tokenizer of {config.path!r} has no vocabulary: add its files")
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 

@@ -313,7 +313,7 @@ def test_columns_that_are_missing_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["prompts", "completions", "references"])
 def test_an_extra_column_may_not_hide_what_verifiers_are_given(name):
-    with pytest.raises(ConfigError, match=f"columns.extra: verifiers know '{name}' as something else"):
+    with pytest.raises(ConfigError, match=f"columns.extra: verifiers use the name '{name}' for something else"):
         ColumnMapping(extra=[name])
 
 

@@ -92,9 +92,9 @@ CHECKPOINTS = {
     "a list": (checkpoint(lambda c: [1, 2], ), UNREADABLE),
     "without step": (checkpoint(lambda c: c.pop("global_step") and None), UNREADABLE),
     "of something else": (checkpoint(lambda c: {"state_dict": {"w": torch.ones(2)}, "global_step": 1}), "something else"),
-    "another size": (weights(lambda s: s.update({FIRST: s[FIRST][:-1]}) or 1), f"its {FIRST} has the shape"),
-    "a weight less": (weights(lambda s: s.pop(FIRST) is not None), f"its {FIRST} has the shape of nothing"),
-    "a weight more": (weights(lambda s: s.update({"policy.more": torch.ones(2)}) or 1), "its policy.more has the shape"),
+    "another size": (weights(lambda s: s.update({FIRST: s[FIRST][:-1]}) or 1), f"shape of {FIRST}: ("),
+    "a weight less": (weights(lambda s: s.pop(FIRST) is not None), f"shape of {FIRST}: none in the checkpoint"),
+    "a weight more": (weights(lambda s: s.update({"policy.more": torch.ones(2)}) or 1), "shape of policy.more: (2,) in the checkpoint"),
     "weights that are not finite": (weights(lambda s: s[FIRST].view(-1)[:1].fill_(float("nan"))), "not finite"),
     "an average that it lacks": (resumed(EMA), "model.teacher"),
     "an average too many": (
