@@ -25,15 +25,15 @@ class Evaluation(Callback):
 
     Each evaluation becomes ``evaluations/step_<n>.jsonl.gz`` in the run's folder, one row per problem and sample (see
     :data:`hdpo.evaluation.records.COLUMNS`), so that every number can be recomputed; ``provenance.json`` says which
-    code and machine it is from and what had been spent. A Python program's run gets a ``config.yaml``, which is the
-    command line's otherwise. At the end of ``fit`` a table compares before and after, overall, by named set and by
+    code and machine it is from and what had been spent. A run from Python gets a ``config.yaml`` here; the command line
+    writes its own. At the end of ``fit`` a table compares before and after, overall, by named set and by
     source, and ``summary.json`` holds its numbers; ``validate`` and ``test`` print theirs and add them to
     ``summary.json`` under the name of the split.
 
     Args:
         before_fit: evaluate once before the first step.
         after_fit: evaluate once more after the last step, unless the interval has just done so.
-        summary: print the table.
+        summary: print the table of results.
     """
 
     def __init__(self, before_fit: bool = True, after_fit: bool = True, summary: bool = True) -> None:

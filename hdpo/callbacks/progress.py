@@ -61,8 +61,8 @@ class Progress(ProgressBar):
     progress bar in ``trainer.callbacks``, takes this one away.
 
     Args:
-        every_n_steps: without a terminal, steps between two lines; the first and the last step have one too.
-        every_n_seconds: a line comes earlier where this much time has passed; in evaluations it is the interval.
+        every_n_steps: without a terminal, steps between two lines; the first and the last step get a line too.
+        every_n_seconds: without a terminal, seconds after which a line comes anyway; in evaluations the interval.
 
     Raises:
         ConfigError: a value outside its range.

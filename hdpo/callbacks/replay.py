@@ -15,13 +15,13 @@ from hdpo.experience import Experience
 
 
 class CliffReplay(Station):
-    """Brings distilled cliffs back: they take the last places of a batch.
+    """Brings distilled cliffs back into later batches, of which they take the last places.
 
-    Logged are ``replay/converted`` and ``replay/durable``, the shares of the cliffs that come back for the first and
-    for the second time of which a rollout succeeds without help.
+    Logs ``replay/converted`` and ``replay/durable``: the share with a rollout that succeeds without help, among the
+    cliffs that come back for the first and for the second time.
 
     Args:
-        max_share: at most this share of a batch are former cliffs; 0 for none.
+        max_share: largest share of a batch that may be former cliffs; 0 for none.
         after_steps: steps from distillation to the first return, and from there to the second.
 
     Raises:

@@ -21,7 +21,7 @@ class SampleLogger(Callback):
 
     Args:
         every_n_steps: interval in steps; 0 for never.
-        num_prompts: prompts per step, and as many cliffs.
+        num_prompts: prompts per logged step, and in addition as many cliffs, if there are any.
         num_completions: completions per prompt.
 
     Raises:

@@ -25,7 +25,7 @@ class ColumnMapping:
         problem: the problem's text.
         solution: the worked reference solution; null if there is none (the privileged context is then the answer).
         answer: the final answer; null to read it from the solution's last ``\boxed{}`` (or by ``answer_pattern``).
-        source: where the problem comes from, by which metrics are split; null for one name for all rows.
+        source: where the problem comes from: metrics are also logged by it; null for one name for all rows.
         context: text of any kind (a hint, a formula, an excerpt) that is the privileged context where
             ``data.prompts.privileged_context`` is ``column``.
         extra: columns that travel with the problem to the verifier and into ``Experience.prompts.columns``: text,
@@ -92,13 +92,19 @@ class SourceConfig:
 
 @dataclass
 class EvaluationSource(SourceConfig, EvaluationSampling):
-    """A data set for evaluation, and how its completions are sampled.
+    """A data set for evaluation (see :class:`SourceConfig`), and how its completions are sampled.
 
     Where no column holds the problems' source, it is the name of the set (unless ``source_name`` gives another).
 
     Attributes:
-        num_problems: stop reading after so many problems; null for ``data.selection.num_val_problems`` or
+        num_problems: stop reading after this many problems; null for ``data.selection.num_val_problems`` or
             ``num_test_problems``.
+        num_samples: sampled completions per problem; null for ``rollouts.num_val_samples``.
+        temperature: of the sampled completions; null for ``rollouts.val_temperature``.
+        max_new_tokens: token limit of a completion; null for ``rollouts.val_max_new_tokens``.
+
+    Raises:
+        ConfigError: a value outside its range.
     """
 
     num_problems: int | None = None
@@ -119,16 +125,16 @@ class Selection:
     """Which rows become problems, and in which split they are.
 
     Attributes:
-        num_train_problems: stop reading after so many training problems; null for all. It is a number of its own, and
-            not trainer.max_steps * prompts_per_step, so that a run can be resumed to more steps on the same problems.
+        num_train_problems: stop reading after this many training problems; null for all. It does not follow from
+            trainer.max_steps * prompts_per_step, so that a run can be continued for more steps on the same problems.
             The default is what the paper's 2000 steps of 32 prompts see.
-        num_val_problems: stop reading after so many problems of a validation set; null for all, 0 for no validation.
+        num_val_problems: stop reading after this many problems of a validation set; null for all, 0 for no validation.
         num_test_problems: the same for a test set.
         val_fraction: share of the problems (or rows) of ``data.source`` that belong to validation, where there is no
             validation source.
         test_fraction: share that belongs to the test split, where there is no test source; 0 for none.
-        split_by: ``problem`` = by a hash of the problem's text: no problem is in two splits. ``row`` = over rows, as in
-            the paper, which leaks: rows of one problem fall into several splits.
+        split_by: ``problem``: by a hash of the problem's text, so that no problem is in two splits. ``row``: over rows,
+            as in the paper, which leaks: rows of one problem fall into several splits.
         keep_duplicates: keep all rows of a problem instead of the first.
         check_references: drop problems whose reference answer the verifier cannot use.
         max_prompt_tokens: problems whose prompt is longer are dropped.
@@ -177,7 +183,7 @@ class ProblemSet:
         name: ``train``, ``validation``, ``test``, ``predict``, or ``validation/NAME`` and ``test/NAME``.
         key: the configuration key of the source, for messages.
         source: what is read.
-        num_problems: stop reading after so many; None for all.
+        num_problems: stop reading after this many; None for all.
         splits: the splits of the source that belong to the set; None for the whole source.
         held_out: names of the sets whose problems are left out.
         labelled: whether problems need an answer (and a solution where a column holds it). If not, only rows without a

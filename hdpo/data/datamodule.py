@@ -44,15 +44,16 @@ class OpenMathDataModule(LightningDataModule):
         prompts: how problems become prompts.
         selection: which rows become problems, how many, and in which split.
         val_source: a data set of its own for validation.
-        val_sources: several of them by name, each with its own sampling; batches tell which one they are from.
+        val_sources: several by name, each with the keys of ``source`` and ``num_problems``, ``num_samples``,
+            ``temperature`` and ``max_new_tokens``.
         test_source: a data set of its own for testing.
-        test_sources: several of them by name.
+        test_sources: several by name, as ``val_sources``.
         predict_source: problems to write completions for; they need no answer. By default the validation problems.
-        prompts_per_step: prompts of one training step over ALL ranks together; a multiple of their number.
+        prompts_per_step: prompts per training step over ALL ranks together; a multiple of the number of ranks.
         evaluation_split: what ``fit`` evaluates on: ``validation``, or ``test`` for runs that are reported, in which
             nothing may be chosen by an evaluation (``best_checkpoint.monitor`` must be null). The training problems
             are the same either way.
-        val_batch_size: problems of one evaluation batch on EACH rank. Changes memory and speed, not the results.
+        val_batch_size: problems per evaluation batch on EACH rank. Changes memory and speed, not the results.
         tokenizer: folder or hub id of a tokenizer, or the tokenizer; null for the policy's.
         verifier: tells which reference answers are usable; null for the LightningModule's.
         seed: of the order of the training problems; null for the LightningModule's, which is the run's.

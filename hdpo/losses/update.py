@@ -32,17 +32,17 @@ class UpdateConfig:
 
     Attributes:
         num_epochs: passes over one batch of rollouts, each with updates of its own; the paper makes one.
-        num_minibatches: updates per pass, each on as many prompts; the paper makes one. Whatever the number of
-            updates, one batch is one step: of the trainer, the learning rate's schedule and the teacher.
+        num_minibatches: updates per pass, each on an equal share of the prompts; the paper makes one. Whatever the
+            number of updates, one batch is one step: of the trainer, the learning rate's schedule and the teacher.
         max_grad_norm: gradients are clipped to this norm; null for no clipping.
         micro_batch_tokens: tokens (padding included) of one forward and backward pass on one rank. It changes memory
             and speed, not the result.
         sync_every_micro_batch: average gradients over ranks in every micro-batch, not once per update. Under FSDP2 a
-            rank then keeps its share of them instead of all, for more traffic: where memory binds.
-        max_skipped_steps: training stops itself after as many steps in a row whose loss or gradient norm was not
+            rank then keeps its share of them instead of all, at the price of more traffic.
+        max_skipped_steps: training stops itself after this many steps in a row whose loss or gradient norm was not
             finite. Such a step is skipped: weights, optimizer state, teacher and schedule stay as they are (of several
             updates per batch, those before it stand).
-        log_gradient_norms: log the norms of the gradients of the policy losses and of the distillation apart, before
+        log_gradient_norms: log the gradient norms of the policy losses and of the distillation separately, before
             clipping. It takes a copy of the gradient, and one more average over ranks.
 
     Raises:

@@ -40,7 +40,7 @@ def test_a_section_explains_its_keys_alone(form, capsys):
     found = set(re.findall(r"^  --([\w.]+)", out, re.MULTILINE))
     assert "data.selection.num_train_problems" in found
     assert all(key.startswith("data.selection.") for key in found)
-    assert "stop reading after so many training problems" in " ".join(out.split())
+    assert "stop reading after this many training problems" in " ".join(out.split())
     assert "default: 64000" in " ".join(out.split())
 
 
