@@ -43,6 +43,7 @@ _ASIDE = (
     *("trainer.logger", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
     *("trainer.log_every_n_steps", "trainer.enable_checkpointing"),
     "trainer.max_epochs",  # how far a run went is seen from its evaluations
+    "verbose",  # of validate and test alone
     *("samples", "progress", "checkpoint", "best_checkpoint", "export", "predictions", "evaluation"),
 )
 _WITHOUT_DISTILLATION = ("distillation", "model.teacher", "model.divergence")

@@ -101,6 +101,7 @@ def test_output_does_not_make_a_setting(tmp_path):
     output |= {"progress": {"every_n_steps": 3}}
     shown = {"trainer__log_every_n_steps": 3, "trainer__enable_progress_bar": False}
     run(tmp_path / "b", weight=1.0, seed=7, **output, **shown)
+    run(tmp_path / "validated", weight=1.0, ckpt_path="a/last.ckpt", verbose=True)  # as `validate` leaves it
     assert set(labels(tmp_path).values()) == {"weight 1"}
 
 
