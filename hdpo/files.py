@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hdpo.errors import ConfigError
+from hdpo.errors import ConfigError, first_line
 
 _PACKAGE = "pkg://"
 
@@ -148,7 +148,7 @@ def import_object(key: str, path: str) -> Any:
         path: module and name, separated by a colon.
 
     Raises:
-        ConfigError: the path is not of this form, or there is no such module or name.
+        ConfigError: the path is not of this form, there is no such module or name, or the module fails.
 
     Example:
         >>> import_object("reward", "math:gcd")(4, 6)
@@ -158,8 +158,10 @@ def import_object(key: str, path: str) -> Any:
     if not module_name or not name:
         raise ConfigError(f"{key}: {path!r} is not of the form package.module:name")
     try:
-        return getattr(importlib.import_module(module_name), name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{key}: {path}: {error}") from error
-    except AttributeError:
-        raise ConfigError(f"{key}: {path}: the module {module_name} has no {name!r}") from None
+        module = importlib.import_module(module_name)
+    except Exception as error:  # it is not there, or whatever it does when it is imported
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"{key}: {path}: the module {module_name} cannot be imported ({reason})") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{key}: {path}: the module {module_name} has no {name!r}")
+    return getattr(module, name)

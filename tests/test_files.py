@@ -135,6 +135,8 @@ def test_a_folder_inside_of_a_package(tmp_path):
 def test_an_object_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "mine_of_test_files.py").write_text("import no_such_library\n")
     (tmp_path / "other_of_test_files.py").write_text("value = 3\n")
+    (tmp_path / "broken_of_test_files.py").write_text("import math\n\nhalf = math.halve(2)\nvalue = 3\n")
+    (tmp_path / "wrong_of_test_files.py").write_text("value = = 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert import_object("reward", "other_of_test_files:value") == 3
     for path, reason in (
@@ -144,6 +146,8 @@ def test_an_object_by_its_name(tmp_path, monkeypatch):
         ("no_such_module:f", "No module named 'no_such_module'"),
         ("mine_of_test_files:f", "No module named 'no_such_library'"),
         ("math:gcdx", "the module math has no 'gcdx'"),
+        ("broken_of_test_files:value", "AttributeError: module 'math' has no attribute 'halve'"),
+        ("wrong_of_test_files:value", "SyntaxError: invalid syntax .*, line 1"),
     ):
         with pytest.raises(ConfigError, match=f"reward: .*{reason}"):
             import_object("reward", path)

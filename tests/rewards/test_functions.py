@@ -182,7 +182,7 @@ def test_a_function_object_runs_in_workers_if_they_can_import_it():
     ("arguments", "message"),
     [
         ({"function": "nothing"}, "verifier.function: 'nothing' is not of the form package.module:name"),
-        ({"function": "no_such_module:f"}, "verifier.function: no_such_module:f: No module named 'no_such_module'"),
+        ({"function": "no_such_module:f"}, "verifier.function: no_such_module:f: .*No module named 'no_such_module'"),
         ({"function": f"{MODULE}:f"}, f"verifier.function: {MODULE}:f: the module {MODULE} has no 'f'"),
         ({"function": lambda **_: []}, r"workers cannot import .*<lambda>: move it to a module, or set in_process"),
         ({"function": f"{MODULE}:exact", "success": "fast"}, "verifier.success .* must be one of reward, got 'fast'"),
