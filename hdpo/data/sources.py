@@ -133,7 +133,7 @@ class Source:
         if path.startswith(PYTHON):
             return None
         resolved = self._resolved()
-        if _GLOB.search(path):
+        if _GLOB.search(path) and not resolved.exists():
             files = [Path(match) for match in sorted(glob.glob(str(resolved), recursive=True)) if Path(match).is_file()]
         elif resolved.is_dir():
             files = sorted(f for f in resolved.rglob("*") if f.suffix in FORMATS and f.name not in _METADATA)

@@ -102,6 +102,15 @@ def test_globs_and_folders_are_read_in_the_order_of_names(tmp_path, form):
     assert read(path=tmp_path) == expected(ROWS)
 
 
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_a_file_whose_name_looks_like_a_glob(tmp_path, form):
+    file = write(tmp_path, ROWS[:20], form, "data[1]")
+    write(tmp_path, ROWS[20:], form, "data1")
+    assert read(path=file) == expected(ROWS[:20])
+    file.unlink()
+    assert read(path=file) == expected(ROWS[20:])
+
+
 def test_a_folder_keeps_its_splits_apart(tmp_path):
     write(tmp_path, ROWS[:40], "parquet", "train-00000-of-00001")
     write(tmp_path, ROWS[40:], "parquet", "test-00000-of-00001")
