@@ -10,7 +10,7 @@ from hdpo.rewards.base import Grade, Outcome, Verifier, check_pairs
 from hdpo.rewards.boxed import boxes
 from hdpo.rewards.rules import choice
 
-_PREFIX = re.compile(r".*\banswer\s*(?:is|:)\s*", re.IGNORECASE)
+_PREFIX = re.compile(r".*\banswer\s*(?:is\s*:?|:)\s*", re.IGNORECASE)
 
 
 class MultipleChoiceVerifier(Verifier):

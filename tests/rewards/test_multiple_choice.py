@@ -19,12 +19,15 @@ LONG = "Since 3 < 4, A is too small.\n"
         (LONG + "The answer is (B).", "correct"),
         (LONG + "**Answer:** B", "correct"),
         (LONG + "Final answer: B", "correct"),
+        (LONG + "The correct answer is: (B).", "correct"),
+        (LONG + "**The answer is:** B", "correct"),
         ("C", "wrong"),
         (LONG + "The answer is C: 12", "wrong"),
         (r"The answer is B. \boxed{C}", "wrong"),
         (r"\boxed{B} or \boxed{C}", "no_answer"),
         (r"\boxed{B or C}", "no_answer"),
         ("(B) or (C)", "no_answer"),
+        ("The answer is: B or C", "no_answer"),
         ("E", "no_answer"),
         ("b", "no_answer"),
         ("12", "no_answer"),
@@ -40,7 +43,8 @@ def test_letters(completion, outcome):
 
 def test_usable():
     references = ["A", "(D)", "E", "B. 12", "12", "", None, "A or B"]
-    assert MultipleChoiceVerifier("ABCD").usable(references) == [True, True, False, True, False, False, False, False]
+    expected = [True, True, False, True, False, False, False, False]
+    assert MultipleChoiceVerifier("ABCD").usable(references) == expected
     assert outcomes(MultipleChoiceVerifier("ABCD").grade(["A", "E"], ["E", "E"])) == ["invalid_reference"] * 2
     assert outcomes(MultipleChoiceVerifier("ABCDE").grade(["A", "E"], ["E", "E"])) == ["wrong", "correct"]
 
