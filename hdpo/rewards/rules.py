@@ -60,7 +60,8 @@ _NOT_A_UNIT = re.compile(r"\b(?:or|and|not|maybe)\b")
 
 _WORDS = dict.fromkeys(("nosolution", "norealsolution", "emptyset"), r"\emptyset") | {"allrealnumber": r"\mathbb{R}"}
 _CHOICE = re.compile(r"([A-Z])|\(([A-Z])\)\s*(.*)|([A-Z])[).:]\s*(.*)", re.DOTALL)
-_SECOND_CHOICE = re.compile(r"\([A-Z]\)|\b(?:or|and)\b|^[A-Z]\W*$")
+# Of "B. salt and pepper" the text of the choice is a part; of "B. or C" another letter.
+_SECOND_CHOICE = re.compile(r"\([A-Z]\)|\b(?:or|and)\b.*\b[A-Z]\b|^[A-Z]\W*$")
 
 # Operations that an answer must have carried out: always, and where the reference consists of numbers alone.
 _UNDONE = re.compile(r"\\(?:sum|prod|i*int|lim|gcd|lcm)(?![a-z])|frac\s*\{\s*d\s*\}\s*\{\s*d")

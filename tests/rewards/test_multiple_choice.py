@@ -21,12 +21,17 @@ LONG = "Since 3 < 4, A is too small.\n"
         (LONG + "Final answer: B", "correct"),
         (LONG + "The correct answer is: (B).", "correct"),
         (LONG + "**The answer is:** B", "correct"),
+        ("B. salt and pepper", "correct"),
+        (LONG + "Answer: (B) either red or blue", "correct"),
+        ("(B) I and II only", "correct"),
         ("C", "wrong"),
         (LONG + "The answer is C: 12", "wrong"),
         (r"The answer is B. \boxed{C}", "wrong"),
         (r"\boxed{B} or \boxed{C}", "no_answer"),
         (r"\boxed{B or C}", "no_answer"),
         ("(B) or (C)", "no_answer"),
+        ("B. or C.", "no_answer"),
+        ("(B) and perhaps C", "no_answer"),
         ("The answer is: B or C", "no_answer"),
         ("E", "no_answer"),
         ("b", "no_answer"),
@@ -42,8 +47,8 @@ def test_letters(completion, outcome):
 
 
 def test_usable():
-    references = ["A", "(D)", "E", "B. 12", "12", "", None, "A or B"]
-    expected = [True, True, False, True, False, False, False, False]
+    references = ["A", "(D)", "E", "B. 12", "12", "", None, "A or B", "C. black or white"]
+    expected = [True, True, False, True, False, False, False, False, True]
     assert MultipleChoiceVerifier("ABCD").usable(references) == expected
     assert outcomes(MultipleChoiceVerifier("ABCD").grade(["A", "E"], ["E", "E"])) == ["invalid_reference"] * 2
     assert outcomes(MultipleChoiceVerifier("ABCDE").grade(["A", "E"], ["E", "E"])) == ["wrong", "correct"]
