@@ -22,7 +22,7 @@ from hdpo.rewards.worker_verifier import WorkerVerifier
 
 _log = logging.getLogger(__name__)
 _FENCE = re.compile(r"^```([^`\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
-_PYTHON = ("", "python", "python3", "py")
+_PYTHON = ("python", "python3", "py")
 # The deadline of the worker that waits for the program: long after the program's own.
 _MARGIN = 10.0
 
@@ -67,7 +67,9 @@ class PythonCodeGrader:
 
 
 class PythonCodeVerifier(WorkerVerifier):
-    """Runs the last fenced block of code of each completion against the problem's unit tests.
+    """Runs the last fenced block of Python of each completion against the problem's unit tests.
+
+    It is the last that is named ``python`` (or ``py``), and where there is none, the last without a name.
 
     A program is correct if the tests, statements such as ``assert f(2) == 4``, run through after it. One that fails, is
     killed at its deadline or by its memory limit, or exits early is wrong. :mod:`hdpo.rewards.program_main` says what
@@ -129,7 +131,9 @@ class PythonCodeVerifier(WorkerVerifier):
 
 def _item(completion: str, tests: str) -> Grade | tuple[str, str, str]:
     fenced = _FENCE.findall(completion.replace("\r\n", "\n"))
-    blocks = [code for language, code in fenced if language.strip().lower() in _PYTHON]
+    programs = [code for language, code in fenced if language.strip().lower() in _PYTHON]
+    # Beside a block that says that it is Python, one without a name is what the program prints.
+    blocks = programs or [code for language, code in fenced if not language.strip()]
     if not _compiles(tests):
         return Grade(Outcome.INVALID_REFERENCE, 0.0, "the problem has no tests, or they are not Python")
     return ("grade", blocks[-1], tests) if blocks else Grade(Outcome.NO_ANSWER, 0.0, "no fenced block of code")

@@ -192,8 +192,10 @@ def test_completions_without_code_and_problems_without_tests(verifier):
         f"```Python\n{RIGHT}```\n",
         f"``` python3 \n{RIGHT}```",
         fenced(RIGHT).replace("\n", "\r\n"),
+        f"{fenced(RIGHT)}\nIt prints:\n```\n3\n```\n",
+        f"```\npip install x\n```\n{fenced(RIGHT)}",
     ],
-    ids=["text before", "text after", "bash before", "capital", "python3", "crlf"],
+    ids=["text before", "text after", "bash before", "capital", "python3", "crlf", "unnamed after", "unnamed before"],
 )
 def test_blocks_of_other_languages_are_not_the_program(verifier, completion):
     assert outcomes(verifier.grade([completion], [""], tests=[TESTS])) == ["correct"]
