@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,10 @@ def main(args: Sequence[str]) -> int:
     """
     options = _parser().options(args)
     given = {name: value for name, value in vars(options).items() if name != "run"}
-    for line in show(Path(options.run), **given):
-        print(line)
+    try:
+        for line in show(Path(options.run), **given):
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the pager was closed; Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -3,6 +3,8 @@
 import gzip
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -131,6 +133,14 @@ def test_mistakes_are_one_line(run, capsys, args, message):
     error = capsys.readouterr().err
     assert re.search(message, error.strip())
     assert error.count("\n") == 1
+
+
+def test_a_pager_may_be_closed_before_the_end(run):
+    command = [sys.executable, "-m", "hdpo", "show", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_a_folder_without_a_run(tmp_path, capsys):
