@@ -38,6 +38,17 @@ _LOG = "fit.log"
 _INTERRUPTED = 75
 """The exit status of a sweep that was asked to end and can be repeated (BSD's EX_TEMPFAIL)."""
 
+_READ = """
+import json, sys
+from hdpo.commands.run import read_config
+from hdpo.errors import ConfigError
+try:
+    for arguments in json.load(sys.stdin):
+        read_config(arguments)
+except ConfigError as error:
+    sys.exit(f"hdpo: error: {error}")
+"""
+
 
 @dataclass(frozen=True)
 class _Planned:
@@ -173,6 +184,10 @@ def _lock(out: Path) -> Iterator[int]:
 # ---------------------------------------------------------------------- running it
 
 
+def _is_finished(run: _Planned) -> bool:
+    return (run.folder / _FINISHED).exists()
+
+
 def _has_checkpoint(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("*.ckpt"))
 
@@ -183,6 +198,23 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def _arguments(run: _Planned) -> list[str]:
+    """What ``fit`` gets, with the run's folder."""
+    out = run.folder.parent
+    place = {"save_dir": out.parent, "name": out.name, "version": run.folder.name}
+    return [*run.arguments, *(p for key, v in place.items() for p in (f"--trainer.logger.init_args.{key}", str(v)))]
+
+
+def _is_refused(plan: Sequence[_Planned]) -> bool:
+    """Whether ``fit`` refuses the configuration of a variant that has a run to do; says why in one line, as it would.
+
+    In one process of its own, which imports what the runs import: a mistake is told once, before any of them starts.
+    """
+    variants = {run.folder.name.rpartition("seed_")[0]: _arguments(run) for run in plan if not _is_finished(run)}
+    told = json.dumps(list(variants.values()))
+    return bool(subprocess.run([sys.executable, "-c", _READ], input=told, text=True, check=False).returncode)
+
+
 def _start(run: _Planned, jobs: int, lock: int) -> subprocess.Popen[bytes]:
     """Start or resume a run; what it prints goes to its log file."""
     if not _has_checkpoint(run.folder):  # old curves would mix with the new ones
@@ -190,13 +222,10 @@ def _start(run: _Planned, jobs: int, lock: int) -> subprocess.Popen[bytes]:
             shutil.rmtree(run.folder)
         run.folder.mkdir(parents=True)
         write_text(run.folder / ARM_FILE, json.dumps(run.identity, indent=1) + "\n")
-    out = run.folder.parent
-    place = {"save_dir": out.parent, "name": out.name, "version": run.folder.name}
-    arguments = [p for key, value in place.items() for p in (f"--trainer.logger.init_args.{key}", str(value))]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with (run.folder / _LOG).open("ab") as log:
         return subprocess.Popen(
-            [*FIT, "fit", "--resume", "auto", *run.arguments, *arguments],
+            [*FIT, "fit", "--resume", "auto", *_arguments(run)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -208,7 +237,7 @@ def _start(run: _Planned, jobs: int, lock: int) -> subprocess.Popen[bytes]:
 
 def _run_all(plan: Sequence[_Planned], jobs: int, lock: int) -> dict[str, int]:
     """Run what is not finished, ``jobs`` at a time; returns the exit statuses of runs that failed."""
-    waiting = [run for run in plan if not (run.folder / _FINISHED).exists()]
+    waiting = [run for run in plan if not _is_finished(run)]
     if len(waiting) < len(plan):
         print(f"{len(plan) - len(waiting)} of {len(plan)} runs were finished before", flush=True)
     running: dict[str, tuple[_Planned, subprocess.Popen[bytes], float]] = {}
@@ -252,8 +281,8 @@ def main(args: Sequence[str]) -> int:
     """Run ``python -m hdpo sweep``, and its report at the end.
 
     Returns:
-        0; the first status of a run that failed, after all others have run; or 75 where it was asked to end (SIGINT,
-        SIGTERM) and can be repeated.
+        0; 2 where ``fit`` refuses a configuration, before any run starts; the first status of a run that failed, after
+        all others have run; or 75 where it was asked to end (SIGINT, SIGTERM) and can be repeated.
 
     Raises:
         ConfigError: an argument is bad, or a folder belongs to another sweep.
@@ -265,6 +294,8 @@ def main(args: Sequence[str]) -> int:
         with _lock(out) as lock:
             for run in plan:
                 _check(run, options.other_code)
+            if _is_refused(plan):
+                return 2
             failed = _run_all(plan, options.jobs, lock)
     except KeyboardInterrupt:
         print("interrupted; repeat the command to continue", flush=True)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,6 +100,7 @@ class Place:
 def place(tmp_path, monkeypatch):
     place = Place(tmp_path)
     monkeypatch.setattr(sweep, "FIT", [sys.executable, str(tmp_path / "fake_fit.py")])
+    monkeypatch.setattr(sweep, "_READ", "")  # which takes seconds
     monkeypatch.setenv("CALLS", str(tmp_path / "calls.jsonl"))
     monkeypatch.setenv("BEHAVIOUR", str(tmp_path / "behaviour.json"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -188,7 +190,10 @@ def test_a_failed_run_is_reported_and_the_others_go_on(place, capsys):
 
 
 def run_sweep(place, *arguments):
-    code = f"import sys; from hdpo.commands import sweep; sweep.FIT = {sweep.FIT!r}; sys.exit(sweep.main(sys.argv[1:]))"
+    code = (
+        f"import sys; from hdpo.commands import sweep; sweep.FIT, sweep._READ = {sweep.FIT!r}, ''; "
+        "sys.exit(sweep.main(sys.argv[1:]))"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, *place.arguments(*arguments)], stdout=subprocess.PIPE, text=True
     )
@@ -296,6 +301,25 @@ def test_bad_input(place, arguments, message):
         sweep.main(place.arguments(*arguments))
     assert "\n" not in str(caught.value)
     assert place.calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "UNKNOWN.KEY=1,2"], "unrecognized arguments: --UNKNOWN.KEY 1"),
+        (["--set", "model.distillation_weight=1,x"], "model.distillation_weight.*Got value: x"),
+        (["--arms", "good.yaml", "twice.yaml"], "twice.yaml, line 2: not YAML .*model stands twice"),
+    ],
+)
+def test_what_fit_refuses_is_told_once_before_any_run_starts(tmp_path, monkeypatch, capfd, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("good.yaml").write_text("model: {}\n")
+    Path("twice.yaml").write_text("model: {}\nmodel: {}\n")
+    assert sweep.main(["--config", "lab", "--seeds", "2", "--out", "runs/sweep", *arguments]) == 2
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert re.fullmatch(f"hdpo: error: .*{message}.*\n", told.err)
+    assert not list(Path("runs").rglob("fit.log"))
 
 
 def test_a_missing_config_is_named(place):
