@@ -230,9 +230,12 @@ def write_tensorboard(report: dict[str, Any], folder: Path, images: Sequence[Pat
 
     for old in folder.rglob("events.out.tfevents.*"):
         old.unlink()
-    names = {e["label"]: re.sub(r"[^\w.,=+-]+", "_", e["label"]) for e in report["settings"]}
-    for entry in report["settings"]:
-        with SummaryWriter(str(folder / names[entry["label"]])) as writer:
+    names: list[str] = []
+    for number, entry in enumerate(report["settings"], 1):
+        # File systems take 255 bytes, and settings that differ in everything have labels of thousands.
+        name = re.sub(r"[^\w.,=+-]+", "_", entry["label"]).encode()[:200].decode(errors="ignore")
+        names.append(f"{name} #{number}" if name in names else name)
+        with SummaryWriter(str(folder / names[-1])) as writer:
             for kind in ("curves", "training"):
                 for name, points in entry[kind].items():
                     for step, point in points.items():

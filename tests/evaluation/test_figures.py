@@ -218,6 +218,15 @@ def test_tensorboard(report, tmp_path):
     assert sorted(read(folder / "figures").Tags()["images"]) == ["report/sources", "report/steps", "report/tradeoff"]
 
 
+def test_every_setting_has_a_folder_of_its_own_in_tensorboard(report, tmp_path):
+    labels = ["a" * 300 + "b", "a" * 300 + "c", "weight 0", "weight (0", "ü" * 200]
+    settings = [{**report["settings"][0], "label": label} for label in labels]
+    write_tensorboard({**report, "settings": settings}, tmp_path, [])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["a" * 200, "a" * 200 + " #2", "weight_0", "weight_0 #4", "ü" * 100]
+    assert all(read(tmp_path / name).Scalars("mean over runs/pass@8") for name in names)
+
+
 def test_a_curve_that_begins_at_weight_0_itself_has_that_point_once(report, axes_of):
     jsd = [by_label(report)[label] for label in LABELS[:3]]
     alone = [s | {"values": {"model.distillation_weight": s["distillation_weight"]}} for s in jsd]
