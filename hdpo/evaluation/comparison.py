@@ -245,7 +245,7 @@ def _family(
         )
         raise ConfigError(f"--family: {wrong}; there are: {'; '.join(others)}")
     found = {(row["setting"], row["endpoint"]): row for row in rows}
-    members = [(label, endpoint) for label in question.family or others for endpoint in question.primary]
+    members = list(dict.fromkeys((label, name) for label in question.family or others for name in question.primary))
     adjusted = holm([found.get(member, {}).get("p_value") for member in members])
     return [
         {"setting": member[0], "endpoint": member[1], "p_value_holm": p, "tested": p is not None}

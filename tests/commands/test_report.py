@@ -201,6 +201,9 @@ def test_the_family_is_adjusted_among_itself(folder, runs, tmp_path):
         "setting": "weight 5, JSD", "endpoint": "greedy_accuracy", "p_value_holm": None, "tested": False
     }  # fmt: skip
     assert both["family"][0]["p_value_holm"] == pytest.approx(min(1.0, 2 * rows_[1]["p_value"]))
+    # One that is named twice is one member.
+    twice = build_report(runs, Question(primary=question.primary * 2, family=question.family * 2))
+    assert twice["family"] == report["family"]
 
 
 @pytest.mark.parametrize(
