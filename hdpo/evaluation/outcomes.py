@@ -23,9 +23,16 @@ class Endpoint(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Endpoint:
-        """Read ``METRIC`` or ``METRIC:SOURCE+SOURCE``."""
-        metric, _, sources = text.partition(":")
-        return cls(metric, tuple(sources.split("+")) if sources else ())
+        """Read ``METRIC`` or ``METRIC:SOURCE+SOURCE``.
+
+        Raises:
+            ConfigError: a source is empty.
+        """
+        metric, colon, names = text.partition(":")
+        sources = tuple(names.split("+")) if colon else ()
+        if "" in sources:
+            raise ConfigError(f"--primary {text}: name a source after the colon, and after each +")
+        return cls(metric, sources)
 
     @property
     def name(self) -> str:

@@ -217,6 +217,8 @@ def test_the_family_is_adjusted_among_itself(folder, runs, tmp_path):
         ({"family": ["weight 1, JSD"]}, "--family needs --primary"),
         ({"primary": ["pass@8:tier9"], "family": ["weight 1, JSD"]}, "--primary pass@8:tier9: there are no problems"),
         ({"primary": ["accuracy"], "family": ["weight 1, JSD"]}, "there is no metric 'accuracy'"),
+        ({"primary": ["pass@8:"], "family": ["weight 1, JSD"]}, "--primary pass@8:: name a source after the colon"),
+        ({"primary": ["pass@8:tier2+"], "family": ["weight 1, JSD"]}, "--primary pass@8:tier2+: name a source after"),
         ({"primary": ["pass@64"], "family": ["weight 1, JSD"]}, "pass@64 needs at least 64 samples"),
         ({"baseline": "grpo"}, "--baseline: there is no setting 'grpo'"),
         ({"split": "test"}, "--split test: no run was evaluated on it; there are evaluations on validation"),
