@@ -213,8 +213,9 @@ def main(args: Sequence[str]) -> int:
     names = Question.__dataclass_fields__
     question = Question(**{name: value for name, value in vars(options).items() if name in names})
     out = Path(options.out) if options.out else Path(options.runs[0]) / "report"
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out: {out} is a file; name a folder")
+    for name, folder in (("out", out), ("compact", Path(options.compact or "."))):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--{name}: {folder} is a file; name a folder")
     runs = find_runs(options.runs)
     report = build_report(runs, question)
     write_text(out / "report.json", json.dumps(report, indent=1))

@@ -404,6 +404,7 @@ def test_bad_input(tmp_path, capsys):
     (tmp_path / "file").touch()
     for arguments, message in (
         (["--out", str(tmp_path / "file")], r"--out: .*file is a file"),
+        (["--compact", str(tmp_path / "file")], r"--compact: .*file is a file"),
         (["--bseline", "x"], "report: .*--bseline"),
         (["--last", "0"], "--last must be at least 1"),
         (["--margin", "-1"], "--margin must be"),
