@@ -6,6 +6,7 @@ Repeating the command continues it: finished runs are skipped, an interrupted on
 from __future__ import annotations
 
 import ctypes
+import datetime
 import fcntl
 import hashlib
 import itertools
@@ -112,7 +113,8 @@ def _values(text: str) -> tuple[str, list[str]]:
         found = None
     if not equals or not key or not found:
         raise ConfigError(f"--set must be KEY=V1,V2,..., got {text!r}")
-    texts = [value if isinstance(value, str) else json.dumps(value) for value in found]
+    # A revision may look like a date, which YAML makes of it.
+    texts = [str(v) if isinstance(v, str | datetime.date) else json.dumps(v, default=str) for v in found]
     if len(set(texts)) < len(texts):
         raise ConfigError(f"--set names a value twice: {text!r}")
     return key, texts

@@ -149,6 +149,7 @@ def test_any_keys_in_all_combinations(place):
         ("k=a.B,c.D", ("k", ["a.B", "c.D"])),
         ("k={class_path: a.B}", ("k", ['{"class_path": "a.B"}'])),
         ("k=0.10", ("k", ["0.1"])),
+        ("k=2024-01-31,[2024-02-01]", ("k", ["2024-01-31", '["2024-02-01"]'])),
     ],
 )
 def test_values(text, expected):
