@@ -84,6 +84,8 @@ def _parse(args: Sequence[str]) -> Any:
     options.extra = args[split + 1 :]
     if options.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, got {options.jobs}")
+    if Path(options.out).is_file():
+        raise ConfigError(f"--out: {options.out} is a file; name a folder")
     options.config = [find_config(name) for name in options.config]
     options.arms = [find_config(name) for names in options.arms for name in names.split(",")]
     options.seeds = _seeds(options.seeds)

@@ -293,6 +293,7 @@ def test_a_foreign_folder_is_refused_before_anything_runs(place):
         (["--seeds", "1,x"], "--seeds must be a number of seeds, or seeds"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--arms", "nowhere"], "--config: there is no file 'nowhere'"),
+        (["--out", __file__], "--out: .*test_sweep.py is a file; name a folder"),
         (["--wieghts", "0"], "sweep: .*--wieghts"),
         (["--jobs", "many"], "sweep: .*jobs"),
     ],
