@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
+from hdpo.errors import ConfigError
+
 NUM_TIERS = 6
 MAX_VALUE = 99
 # Wide steps on purpose: with terms below ten, a story that is cut short still ends near the right answer, and a wrong
@@ -114,7 +116,7 @@ def _tier_rows(story: Story, tier: int, split: Split, seed: int) -> Iterator[dic
             if key not in seen and split_of(row["problem"]) == split:
                 break
         else:
-            raise ValueError(
+            raise ConfigError(
                 f"tier {tier} has no more than {len(seen)} distinct problems in the split {split!r}: "
                 "ask for fewer rows, or for harder tiers"
             )
@@ -130,13 +132,13 @@ def _key(problem: str) -> int:
 def _tier_weights(tiers: Sequence[int] | Mapping[int, float]) -> dict[int, float]:
     """Check ``tiers`` and return tier -> weight, without the tiers whose weight is zero."""
     if len(set(tiers)) < len(tiers):
-        raise ValueError(f"tiers: {list(tiers)} names a tier twice; give weights instead, as in {{1: 1, 6: 2}}")
+        raise ConfigError(f"tiers: {list(tiers)} names a tier twice; give weights instead, as in {{1: 1, 6: 2}}")
     given = {int(t): float(w) for t, w in tiers.items()} if isinstance(tiers, Mapping) else dict.fromkeys(tiers, 1.0)
     unknown = [t for t in given if t not in range(1, NUM_TIERS + 1)]
     if unknown:
-        raise ValueError(f"tiers: there are tiers 1 to {NUM_TIERS}, not {unknown}")
+        raise ConfigError(f"tiers: there are tiers 1 to {NUM_TIERS}, not {unknown}")
     if any(not 0 <= w < float("inf") for w in given.values()) or not any(given.values()):
-        raise ValueError(f"tiers: weights must be finite, not negative and not all zero, got {given}")
+        raise ConfigError(f"tiers: weights must be finite, not negative and not all zero, got {given}")
     return {t: w for t, w in given.items() if w}
 
 
@@ -176,7 +178,7 @@ def rows(
         ``problem_source`` (``"tier1"`` to ``"tier6"``).
 
     Raises:
-        ValueError: an unknown split or tier, a bad weight or number, or a tier that has no distinct problem left (the
+        ConfigError: an unknown split or tier, a bad weight or number, or a tier that has no distinct problem left (the
             training split of tier 1 holds about 300,000).
 
     Example:
@@ -198,9 +200,9 @@ def draw_rows(
 ) -> Iterator[dict[str, str]]:
     """Yield distinct problems that ``story`` draws; the other arguments and errors are those of :func:`rows`."""
     if split not in get_args(Split):
-        raise ValueError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
+        raise ConfigError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
     if num_problems is not None and num_problems < 0:
-        raise ValueError(f"num_problems must not be negative, got {num_problems}")
+        raise ConfigError(f"num_problems must not be negative, got {num_problems}")
     weights = _tier_weights(tiers)
     return _mixed_rows(num_problems, weights, {tier: _tier_rows(story, tier, split, seed) for tier in weights})
 
@@ -230,7 +232,7 @@ def foreign_rows(
         policy writes it.
 
     Raises:
-        ValueError: an unknown style, or an error of :func:`rows`.
+        ConfigError: an unknown style, or an error of :func:`rows`.
 
     Example:
         >>> row = next(foreign_rows(tiers=[2]))
@@ -240,7 +242,7 @@ def foreign_rows(
         '26+6 makes 32; 32+3 makes 35; So \\boxed{35}'
     """
     if style not in _STYLES:
-        raise ValueError(f"style must be one of {', '.join(_STYLES)}; got {style!r}")
+        raise ConfigError(f"style must be one of {', '.join(_STYLES)}; got {style!r}")
     return map(partial(_foreign, _STYLES[style]), rows(num_problems, **options))
 
 

@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 
+from hdpo.errors import ConfigError
 from hdpo.lab.problems import rows, split_of
 
 
@@ -119,7 +120,7 @@ def test_one_tier_problems_are_distinct_in_large_numbers():
     ],
 )
 def test_bad_arguments_are_refused_at_the_call(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         rows(**arguments)
 
 
@@ -127,5 +128,5 @@ def test_an_exhausted_tier_says_so(monkeypatch):
     monkeypatch.setattr("hdpo.lab.problems.NAMES", ("Ana",))
     monkeypatch.setattr("hdpo.lab.problems.THINGS", ("eggs",))
     monkeypatch.setattr("hdpo.lab.problems._MAX_DRAWS", 500)
-    with pytest.raises(ValueError, match=r"tier 1 has no more than .* ask for fewer rows"):
+    with pytest.raises(ConfigError, match=r"tier 1 has no more than .* ask for fewer rows"):
         list(rows(tiers=[1], split="validation"))
