@@ -305,6 +305,10 @@ def show_progress(collectors: Sequence[Collector]) -> Iterator[Callable[[], None
                 last = now
                 goal = "" if total is None else f" of {total:,}"
                 line = f"{title}: {kept:,}{goal} problems, {rows:,} rows read in {now - started:.0f} s"
+                dropped = sum((Counter(report.dropped) for report in reports), Counter())
+                if dropped and not kept:  # an endless source would be read forever
+                    ((reason, number),) = dropped.most_common(1)
+                    line += f"; {number:,} dropped: {DROP_REASONS[reason]}"
                 print(line, file=sys.stderr, flush=True)
 
         yield update

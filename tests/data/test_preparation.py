@@ -1,9 +1,19 @@
+import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from hdpo.data.config import ColumnMapping, ProblemSet, Selection, SourceConfig
-from hdpo.data.preparation import Collector, Dropped, normalise_problem, prepare, problem_digest
+from hdpo.data.preparation import (
+    Collector,
+    Dropped,
+    PreparationReport,
+    normalise_problem,
+    prepare,
+    problem_digest,
+    show_progress,
+)
 from hdpo.data.prompts import PromptConfig, PromptRenderer
 from hdpo.data.sources import Problem
 from hdpo.errors import ConfigError
@@ -350,3 +360,21 @@ def test_the_table_reads_from_rows_to_problems(renderer):
 def test_bad_selections(options, message):
     with pytest.raises(ConfigError, match=message):
         Selection(**options)
+
+
+def test_a_preparation_that_finds_nothing_says_what_it_drops(monkeypatch, capsys):
+    """An endless source would else be read forever, with nothing to tell why."""
+    monkeypatch.setattr("hdpo.data.preparation.SECONDS_BETWEEN_LINES", 0.0)
+    report = PreparationReport("validation", "endless")
+    with show_progress([SimpleNamespace(report=report, wanted=SimpleNamespace(num_problems=4))]) as update:
+        report.rows_read, report.dropped = 30, Counter(duplicate=1, unusable=29)
+        update()
+        report.rows_read, report.kept = 31, 1
+        update()
+    first, second = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"Preparing endless: 0 of 4 problems, 30 rows read in 0 s; "
+        r"29 dropped: reference answer that the verifier cannot use",
+        first,
+    )
+    assert re.fullmatch(r"Preparing endless: 1 of 4 problems, 31 rows read in 0 s", second)
