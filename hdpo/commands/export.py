@@ -72,15 +72,19 @@ def main(args: Sequence[str]) -> int:
     settings: dict[str, Any] = {}
     for file in options.config:
         content = yaml.safe_load(Path(config_file(file)).read_text(encoding="utf-8")) or {}
-        settings.update((content.get("model") or {}).get("policy") or {})
+        model = content.get("model") or {}
+        policy = (model.get("policy") or {}) if isinstance(model, dict) else model
+        if not isinstance(policy, dict):
+            raise ConfigError(f"--config: {file}: model.policy must be a section with a path, not {policy!r}")
+        settings.update(policy)
     if "path" not in settings:
         raise ConfigError(f"--config: model.policy.path is in none of {', '.join(options.config)}")
     reader = ArgumentParser(exit_on_error=False)
     reader.add_argument("--policy", type=PolicyConfig)
     try:
-        policy = reader.instantiate(reader.parse_object({"policy": settings})).policy
+        chosen = reader.instantiate(reader.parse_object({"policy": settings})).policy
     except ArgumentError as error:
         raise ConfigError(f"--config: model.policy: {' '.join(str(error).split())}") from None
-    export_checkpoint(policy, options.ckpt_path, options.out)
+    export_checkpoint(chosen, options.ckpt_path, options.out)
     print(f"policy: {options.out}")
     return 0

@@ -90,6 +90,10 @@ def test_a_configuration_without_a_policy_is_refused(tmp_path, checkpoint):
     more = ["--ckpt_path", str(checkpoint), "--out", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match=r"--config: model.policy.path is in none of .*empty.yaml"):
         main([f"--config={tmp_path / 'empty.yaml'}", *more])
+    for text in ("model: foo", "model: {policy: foo}"):
+        (tmp_path / "word.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"--config: .*word.yaml: model.policy must be a section"):
+            main([f"--config={tmp_path / 'word.yaml'}", *more])
     with pytest.raises(ConfigError, match=r"--config: there is no file .*missing.yaml"):
         main([f"--config={tmp_path / 'missing.yaml'}", *more])
     for key, value, message in (
