@@ -319,9 +319,11 @@ def name_settings(runs: Sequence[Run], aside: Sequence[str] = ()) -> tuple[list[
         where that says it all.
     """
     configs = [{k: v for k, v in run.influences().items() if not is_within(k, aside)} for run in runs]
-    # An option that is off in some runs and missing in others came with a later version, and is off in all of them.
-    common = set.intersection(*map(set, configs)) if configs else set()
-    configs = [{k: v for k, v in c.items() if k in common or v not in (None, False)} for c in configs]
+    # An option that is off (0 too) in some runs and missing in others came with a later version, and is off in all of
+    # them. Not so an argument of a user's own function, whose default is not known.
+    kept = set.intersection(*map(set, configs)) if configs else set()
+    kept |= {key for config in configs for key in config if "kwargs" in key.split(".")}
+    configs = [{k: v for k, v in c.items() if k in kept or v not in (None, False)} for c in configs]
     keys = _varied(configs)
     identities = [json.dumps({k: c[k] for k in keys if k in c}, sort_keys=True) for c in configs]
     labels: dict[str, str] = {}

@@ -113,6 +113,15 @@ def test_an_option_that_a_later_version_brought_is_no_setting_where_it_is_off(tm
     assert labels(tmp_path) == {"earlier": "weight 0", "later": "weight 0", "on": "compile true"}
 
 
+@pytest.mark.parametrize("value", [0, False, None])
+def test_an_argument_of_the_users_own_function_is_one_also_where_it_looks_off(tmp_path, value):
+    run(tmp_path / "default", seed=0, data__source={"path": "python:mine:rows"})
+    run(tmp_path / "given", seed=1, data__source={"path": "python:mine:rows", "kwargs": {"part": value}})
+    found = labels(tmp_path)
+    assert found["default"] != found["given"]
+    assert found["given"] == f"part {json.dumps(value)}"
+
+
 def test_keys_that_are_put_aside(tmp_path):
     for seed in range(2):
         run(tmp_path / f"a{seed}", seed=seed, model__policy={"path": f"start_{seed}"})
