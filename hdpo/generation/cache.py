@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 #: Columns beyond the prompt at first, and the factor by which they grow: completions are mostly far shorter than their
-#: limit.
-_SPARE, _GROWTH = 64, 1.5
+#: limit, and what rows that are left are moved to is cleared, page by page on a CPU.
+_SPARE, _GROWTH = 24, 1.5
 
 
 class _SlotLayer(DynamicLayer):
