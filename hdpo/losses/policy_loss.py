@@ -162,7 +162,7 @@ class PolicyLoss(ABC):
                 ref_logps = reference(tokens, temperature=temperature)
             kl_weights = weights if written is None else weights * written
             kl = (k3_kl(logps, ref_logps) * kl_weights).sum()
-            measured.add("loss/kl", kl, kl_weights.sum())
+            measured.add("loss/kl", kl, weights.sum())  # what the gradient divides by
             loss = loss + self.kl_coef * kl
         return loss
 

@@ -487,7 +487,7 @@ class Reference:
         """The policy loss of plain groups, and its denominator."""
         o = self.options
         total = torch.zeros((), dtype=torch.float64)
-        kl_total, kl_weight = torch.zeros((), dtype=torch.float64), 0.0
+        kl_total = torch.zeros((), dtype=torch.float64)
         denominator = 0.0
         for group in groups:
             advantages = self.advantages([m.reward for m in group])
@@ -505,10 +505,10 @@ class Reference:
                         initial = self.logps(self.initial, member.context, ids, member.temperature)
                     # Schulman's k3 with reference / policy: unbiased for KL(policy || reference).
                     k3 = (initial - logps).exp() - (initial - logps) - 1
-                    kl_total, kl_weight = kl_total + weight * k3.sum(), kl_weight + weight * len(ids)
+                    kl_total = kl_total + weight * k3.sum()
         means.add("loss/policy", total.item(), denominator)
         if o.kl_coef > 0:
-            means.add("loss/kl", kl_total.item(), kl_weight)
+            means.add("loss/kl", kl_total.item(), denominator)
         return (total + o.kl_coef * kl_total) / max(denominator, 1.0), denominator
 
     def _context_loss(self, groups: list[list[Member]], old: dict, denominator: float, means: _Mean) -> Tensor:

@@ -84,6 +84,7 @@ def expected(loss, student, reference, items):
             if loss.sampler_correction == "truncated":
                 term = term * min(float(ratio[t]), loss.sampler_correction_threshold)
             total = total + weight * term
+            found["loss/kl"][1] += weight * (reference is not None)  # of all tokens, as the loss's own denominator
             if foreign:
                 continue
             clipped = rho > high if advantage > 0 else rho < low
@@ -96,7 +97,6 @@ def expected(loss, student, reference, items):
             kl = ((ref - new).exp() - (ref - new) - 1).sum()
             kl_total = kl_total + weight * kl
             found["loss/kl"][0] += weight * float(kl.detach())
-            found["loss/kl"][1] += weight * len(new)
     for name, values in (("token", token), ("sequence", sequence)):
         number = sum(count for _, count in values)
         found[f"sampler/{name}_ratio_mean"] = [sum(r * count for r, count in values), number]
