@@ -38,7 +38,12 @@ class PolicyBatch:
 
 
 def select_rollouts(
-    rollouts: Rollouts, prompt_ids: Sequence[list[int]], loss: PolicyLoss, off_policy: Rollouts | None = None
+    rollouts: Rollouts,
+    prompt_ids: Sequence[list[int]],
+    loss: PolicyLoss,
+    off_policy: Rollouts | None = None,
+    *,
+    with_kl: bool = True,
 ) -> PolicyBatch:
     """Decide, here and nowhere else, which rollouts need a forward pass.
 
@@ -52,6 +57,7 @@ def select_rollouts(
         prompt_ids: B contexts that they were written after.
         loss: what advantages are, and which rollouts count.
         off_policy: ``[B, 1]``, further members of the groups.
+        with_kl: whether the loss's KL penalty, if it has one, is taken on these rollouts.
     """
     members = rollouts if off_policy is None else join_rollouts(rollouts, off_policy, members=True)
     rewards, truncated = members.rewards.cpu(), members.truncated  # a station of the user's may have made the rewards
@@ -63,7 +69,7 @@ def select_rollouts(
         counted &= ~truncated
     if not loss.count_zero_variance:
         counted &= has_variance(rewards, valid)[:, None]
-    needed = counted if loss.kl_coef > 0 else counted & (advantages != 0)
+    needed = counted if with_kl and loss.kl_coef > 0 else counted & (advantages != 0)
     rows, columns = needed.nonzero(as_tuple=True)
     lengths = members.completion_mask.sum(-1)
     cut = lengths[rows, columns].tolist()

@@ -183,7 +183,7 @@ def _minibatch(module: UpdatedModule, batch: Experience, part: int) -> _Minibatc
         positions = batch.privileged.positions
         own = members([index[i] for i in positions])
         contexts = [prompts.privileged_ids[positions[i]] for i in own]
-        privileged = select_rollouts(batch.privileged.rollouts.select(own), contexts, module.policy_loss)
+        privileged = select_rollouts(batch.privileged.rollouts.select(own), contexts, module.policy_loss, with_kl=False)
     distilled = batch.distillation or DistillationBatch.empty()
     return _Minibatch(plain, privileged, distilled.select(members(distilled.index)))
 

@@ -237,6 +237,17 @@ def test_privileged_rollouts_divide_by_their_own_tokens_where_no_plain_one_count
     assert "loss/policy" not in means
 
 
+def test_privileged_rollouts_without_an_advantage_are_not_read_where_no_kl_is_taken_on_them():
+    updated, batch = module(privileged_policy_weight=1.0), with_privileged(experience(distilled=()))
+    updated.policy_loss, updated.reference_policy = ClippedPolicyLoss(kl_coef=0.5), random_policy("gpt2", seed=5)
+    rollouts = batch.privileged.rollouts
+    rollouts.rewards[1], rollouts.outcomes[1] = torch.ones(2), ["correct"] * 2
+    update_policy(updated, batch)
+    plain, privileged = int(batch.rollouts.completion_mask.sum()), int(rollouts.completion_mask[0].sum())
+    read = {name: total for name, total, _ in batch.measurements.items()}["speed/update"]
+    assert read == plain + privileged, "the penalty is on the plain rollouts, all of them"
+
+
 @pytest.mark.parametrize("options", [{}, {"num_epochs": 2}], ids=["one update", "several"])
 def test_no_forward_pass_is_larger_than_it_may_be(options):
     updated, sizes = module(micro_batch_tokens=25, **options), []
