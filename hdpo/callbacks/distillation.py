@@ -131,9 +131,11 @@ class DistillationRefresh(Callback):
         """Add ``batch.privileged`` and ``batch.distillation``, and let the engine free its memory for the update."""
         distils, trains_context = pl_module.distillation_weight > 0, pl_module.privileged_policy_weight > 0
         if (distils or trains_context) and trainer.global_step % self.refresh_every == 0:
-            chosen = self._chosen(batch)
+            samples = trains_context or self.completions == "privileged"
+            # Tokens of other completions are distilled without a look at the privileged context.
+            chosen = self._chosen(batch, reads_context=samples or self.target == "distribution")
             entries: list[_Entry] = []
-            if trains_context or self.completions == "privileged":
+            if samples:
                 entries = self._sampled(trainer, pl_module, batch, chosen)
             if self.completions != "privileged":
                 entries = self._given(pl_module, batch, chosen)
@@ -147,12 +149,12 @@ class DistillationRefresh(Callback):
 
     # ------------------------------------------------------------------ whose completions
 
-    def _chosen(self, batch: Experience) -> list[int]:
+    def _chosen(self, batch: Experience, *, reads_context: bool) -> list[int]:
         """Positions (in this rank's batch) of the cliffs that something is done with."""
         assert batch.is_cliff is not None, "CliffDetection completes the experience first"
         prompts, measured = batch.prompts, batch.measurements
         cliffs = batch.is_cliff.nonzero()[:, 0].tolist()
-        usable = [i for i in cliffs if prompts.privileged_ids[i]]
+        usable = [i for i in cliffs if prompts.privileged_ids[i] or not reads_context]
         measured.add("privileged/too_long", len(cliffs) - len(usable), None)
         index = prompts.index.tolist()
         everywhere = sorted(i for part in gather_objects([index[i] for i in usable]) for i in part)

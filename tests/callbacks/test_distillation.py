@@ -219,6 +219,25 @@ def test_prompts_that_are_too_long_are_skipped_and_counted(scored, module, train
     assert batch.measurements.means()["privileged/too_long"] == 1
 
 
+@pytest.mark.parametrize(("options", "trains_context", "reads"), [
+    ({"completions": "reference", "target": "token"}, False, False),
+    ({"completions": "failures", "target": "token"}, False, False),
+    ({"completions": "reference"}, False, True),
+    ({"completions": "reference", "target": "token"}, True, True),
+    ({"target": "token"}, False, True),
+])  # fmt: skip
+def test_a_context_that_is_too_long_matters_where_somebody_reads_it(
+    scored, module, trainer, options, trains_context, reads
+):
+    batch = detected(scored, module, trainer)
+    batch.prompts.privileged_ids[1] = []
+    module.privileged_policy_weight = float(trains_context)
+    station = DistillationRefresh(topk=8, success_reward=0.0, **options)
+    station.on_train_batch_start(trainer, module, batch, 0)
+    assert {entry.position for entry in station._buffer} == ({4, 7} if reads else {4, 5, 7})
+    assert batch.measurements.means()["privileged/too_long"] == float(reads)
+
+
 def test_a_buffer_that_lives_three_steps_and_is_restored(scored, module, trainer):
     station = DistillationRefresh(refresh_every=3, topk=8)
     trainer.global_step = 6

@@ -141,7 +141,7 @@ def cliffs(number):
     if number:
         batch.is_cliff[0] = False
     station = DistillationRefresh(max_cliffs_per_step=3)
-    return station._chosen(batch), batch.measurements.means()["privileged/over_limit"]
+    return station._chosen(batch, reads_context=True), batch.measurements.means()["privileged/over_limit"]
 
 
 def test_the_limit_of_cliffs_is_that_of_the_global_batch(ranks):
