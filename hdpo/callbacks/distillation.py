@@ -233,6 +233,7 @@ class DistillationRefresh(Callback):
                 measured.add("spent/solutions", len(whole), None)
             else:
                 left_out = rollouts.truncated[i] & module.policy_loss.mask_truncated
+                left_out |= rollouts.success[i]  # of a cliff that cliffs.threshold, or a station of the user's, made
                 texts = rollouts.select([i]).token_lists()[0]
                 whole = [ids for ids, cut in zip(texts, left_out.tolist(), strict=True) if not cut]
                 measured.add("spent/solutions", 1, None)

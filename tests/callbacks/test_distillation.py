@@ -238,6 +238,17 @@ def test_a_context_that_is_too_long_matters_where_somebody_reads_it(
     assert batch.measurements.means()["privileged/too_long"] == float(reads)
 
 
+def test_what_succeeded_is_no_failure(scored, module, trainer):
+    """A threshold may make a cliff of a prompt that has a success."""
+    batch = scored([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
+    batch.rollouts.completion_ids[:, 1] = 5
+    CliffDetection(threshold=1.0).on_train_batch_start(trainer, module, batch, 0)
+    station = DistillationRefresh(completions="failures", topk=8)
+    station.on_train_batch_start(trainer, module, batch, 0)
+    assert [(entry.position, entry.completion) for entry in station._buffer] == [(4, [0]), (6, [0]), (6, [5])]
+    assert batch.measurements.means()["privileged/kept"] == 3
+
+
 def test_a_buffer_that_lives_three_steps_and_is_restored(scored, module, trainer):
     station = DistillationRefresh(refresh_every=3, topk=8)
     trainer.global_step = 6
