@@ -157,7 +157,7 @@ class HDPOModule(LightningModule):
     @property
     def reads_teacher(self) -> bool:
         """Whether anything is distilled that the teacher says or writes."""
-        is_read = self.distillation.target == "distribution" or self.distillation.sampled_by == "ema"
+        is_read = self.distillation.target == "distribution" or self.distillation.writer == "ema"
         return self.distillation_weight > 0 and is_read
 
     def configure_callbacks(self) -> list[Callback]:
@@ -189,7 +189,7 @@ class HDPOModule(LightningModule):
         self.policy = self._load_policy()
         if self.reads_teacher:
             self.teacher.prepare(self.policy, self._load_policy)
-        if self.policy_loss.kl_coef > 0 or (self.distillation_weight > 0 and self.distillation.sampled_by == "initial"):
+        if self.policy_loss.kl_coef > 0 or (self.distillation_weight > 0 and self.distillation.writer == "initial"):
             self.initial.prepare(self.policy, self._load_policy)
 
     def _load_policy(self) -> Policy:

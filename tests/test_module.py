@@ -236,11 +236,21 @@ def test_every_so_many_steps_what_a_step_measured_is_logged_under_its_number(tmp
     ({"teacher": "frozen"}, True), ({"teacher": "frozen", "distillation": {"target": "token"}}, False),
     ({"teacher": "frozen", "distillation_weight": 0.0}, False),
     ({"teacher": "frozen", "distillation": {"target": "token", "sampled_by": "initial"}}, True),
+    ({"teacher": "frozen", "distillation": {"target": "token", "sampled_by": "initial", "completions": "failures"}},
+     False),
 ])  # fmt: skip
 def test_a_teacher_is_loaded_where_it_reads_or_writes(options, is_loaded):
     module = toy.module(**options)
     module.configure_model()
     assert bool(module.teacher._holder) == is_loaded
+
+
+@pytest.mark.parametrize(("completions", "is_loaded"), [("privileged", True), ("reference", False)])
+def test_an_average_is_kept_where_it_reads_or_writes(completions, is_loaded):
+    options = {"target": "token", "sampled_by": "ema", "completions": completions}
+    module = toy.module(teacher="ema", distillation=options)
+    module.configure_model()
+    assert (module.teacher.average is not None) == is_loaded == module.reads_teacher
 
 
 def test_an_interval_of_0_logs_nothing(tmp_path):

@@ -109,6 +109,11 @@ class DistillationRefresh(Callback):
         self._buffer: list[_Entry] = []
         self._warned = False
 
+    @property
+    def writer(self) -> Sampler:
+        """Who writes what is distilled: completions other than privileged rollouts need none but the current policy."""
+        return self.sampled_by if self.completions == "privileged" else "current"
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what does not go together."""
         if self.sampled_by == "ema" and not isinstance(pl_module.teacher, EMATeacher):

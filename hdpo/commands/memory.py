@@ -141,10 +141,10 @@ class _Work(NamedTuple):
             longest = config.get("rollouts.val_max_new_tokens", rollout)
             longest = max([longest, *(v for key, v in named if key == "max_new_tokens")])
             sampling["validation"] = _Sampling(config["data.val_batch_size"], samples, prompt, longest)
-        writes = distils and config["distillation.sampled_by"] == "ema"
-        teacher = config["model.teacher"].rpartition(".")[2] if reads or writes else "DriftingTeacher"
+        writer = config["distillation.sampled_by"] if distils and whose == "privileged" else "current"
+        teacher = config["model.teacher"].rpartition(".")[2] if reads or writer == "ema" else "DriftingTeacher"
         has_initial = teacher == "FrozenTeacher" or config.get("model.policy_loss.kl_coef", 0) > 0
-        has_initial |= distils and config["distillation.sampled_by"] == "initial"
+        has_initial |= writer == "initial"
         average = teacher not in ("DriftingTeacher", "FrozenTeacher")
         return cls(sampling, max(lengths), context + distilled if reads else 0, has_initial, average)
 

@@ -74,6 +74,12 @@ def test_an_average_that_only_samples_is_counted():
     ) | {phase: 0 for phase in without if not without[phase]}
 
 
+def test_nobody_samples_what_is_given():
+    for teacher, sampled_by in ((FROZEN, "initial"), (EMA, "ema")):
+        given = ("--config", "method/sft_on_cliffs", *teacher)
+        assert planned(*given, "--distillation.sampled_by", sampled_by) == planned(*given)
+
+
 LORA = ("--model.policy.lora", "{r: 8, target_modules: [q_proj, down_proj]}")
 #: Two matrices for each of 28 layers' query projection (1,536 x 1,536) and down projection (8,960 x 1,536).
 ADAPTER = 28 * 8 * (1536 + 1536 + 8960 + 1536)
