@@ -73,8 +73,8 @@ class CliffDetection(Callback):
         run_stations("after_cliffs", trainer, pl_module, batch)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Experience, batch_idx: int) -> None:
-        """Remember the step's cliffs."""
-        self.history.finish()
+        """Remember the step's cliffs; a skipped step has distilled nothing, unless its buffer outlives it."""
+        self.history.finish(distilled=not batch.metrics["optim/skipped"] or pl_module.distillation.refresh_every > 1)
 
     def _references(self, module: Any, batch: Experience) -> Rollouts:
         """The reference solutions of the cliffs, one per prompt; none for the others."""

@@ -70,11 +70,11 @@ class CliffHistory:
         """Note the rows of this rank of which completions are distilled; all ranks must call it together."""
         self._taken = {row: step for part in gather_objects(sorted(set(rows))) for row in part}
 
-    def finish(self) -> None:
-        """Take over what the step that has ended noted."""
+    def finish(self, *, distilled: bool = True) -> None:
+        """Take over what the step that has ended noted; ``distilled`` is whether what it took was trained on."""
         for row, visit in self._seen.items():
             self.visits.setdefault(row, []).append(visit)
-        for row, step in self._taken.items():
+        for row, step in self._taken.items() if distilled else ():
             self.visits.setdefault(row, [Visit(step, 0, 0)])  # a station of the user's may have made it a cliff
             self.distilled[row] = step
         self._seen, self._taken = {}, {}

@@ -195,6 +195,17 @@ def _without(step):
     return update
 
 
+@pytest.mark.parametrize("refresh_every", [1, 2])
+def test_a_skipped_step_has_distilled_nothing(tmp_path, refresh_every):
+    """Unless its completions are distilled in the next steps, too."""
+    module = toy.module(distillation={"completions": "reference", "refresh_every": refresh_every})
+    trainer = toy.trainer(tmp_path, BadGradient([2]), max_steps=4, limit_val_batches=0)
+    trainer.fit(module, datamodule=toy.datamodule(tmp_path))
+    history = module.cliffs.history
+    assert {visit.step for visits in history.visits.values() for visit in visits} == {0, 1, 2, 3}, "all were sampled"
+    assert set(history.distilled.values()) == ({0, 1, 3} if refresh_every == 1 else {0, 2})
+
+
 def test_after_three_in_a_row_training_stops_itself_and_saves_nothing_more(tmp_path):
     tape = Tape()
     module = toy.module(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4), distillation_weight=0.0)
