@@ -48,6 +48,11 @@ class CliffDetection(Callback):
         #: All cliffs of the run so far, with their pass rates since.
         self.history = CliffHistory()
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Start anew: a module may serve several fits, and each that does not go on counts its steps from 0."""
+        if stage == "fit" and trainer.global_step == 0:
+            self.history = CliffHistory()
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Experience, batch_idx: int) -> None:
         """Add ``batch.is_cliff``."""
         rollouts = batch.rollouts

@@ -222,6 +222,18 @@ def test_in_a_run_former_cliffs_are_those_of_earlier_steps_also_after_a_resume(t
     assert (resumed.visits, resumed.distilled) == (history.visits, history.distilled)
 
 
+@pytest.mark.parametrize(("goes_on", "expected"), [(False, [0]), (True, [0, 1])])
+def test_a_second_fit_remembers_no_cliffs_of_another_run(tmp_path, goes_on, expected):
+    module, data = toy.module(distillation_weight=0.0), toy.datamodule(tmp_path)
+    trainers = [toy.trainer(tmp_path, max_steps=1, limit_val_batches=0) for _ in range(2)]
+    trainers[0].fit(module, datamodule=data)
+    trainers[0].fit_loop.epoch_loop.max_steps = 2
+    trainers[0 if goes_on else 1].fit(module, datamodule=data)
+    visits = [visit.step for visits in module.cliffs.history.visits.values() for visit in visits]
+    assert sorted(set(visits)) == expected
+    assert len(visits) <= 6 * len(expected), "no prompt of a batch is visited twice"
+
+
 class BreaksOff(Station):
     """Fails once, right before a step's update or right after it, and notes where evaluations are made."""
 
