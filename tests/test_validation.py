@@ -3,6 +3,7 @@
 import json
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,3 +273,15 @@ def replaced(fitted):
     """Learns fast, so that the evaluations differ."""
     fitted.optimizer_factory = lambda parameters: torch.optim.AdamW(parameters, lr=3e-3)
     return fitted
+
+
+@pytest.mark.parametrize(("step", "score"), [(0, None), (3, 0.5)])
+def test_the_best_score_is_that_of_one_fit(step, score):
+    """A callback may serve several, or a trainer that goes on."""
+    best = BestCheckpoint(monitor="val/greedy_accuracy")
+    best.best_score = 0.5
+    trainer = SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=None), datamodule=None, global_step=step)
+    best.setup(trainer, None, "validate")
+    assert best.best_score == 0.5
+    best.setup(trainer, None, "fit")
+    assert best.best_score == score

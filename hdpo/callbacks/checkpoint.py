@@ -178,6 +178,8 @@ class BestCheckpoint(_RunCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        if trainer.global_step == 0:
+            self.best_score = None  # that of another fit is none of this one
         if getattr(trainer.datamodule, "evaluated_split", None) == "test" and self.monitor is not None:
             raise ConfigError(
                 "best_checkpoint.monitor must be null where data.evaluation_split is test (--config eval/test sets "
