@@ -192,3 +192,13 @@ class RolloutGeneration(Callback):
         batch.greedy.seeds, batch.greedy.temperature = seeds[:, :1], 0.0
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    # ------------------------------------------------------------------ resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first gaps between engine and policy, by which later ones are judged; those of rank 0 do for all."""
+        return {"first_gaps": self.check_sampler.first_gaps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Judge by them."""
+        self.check_sampler.first_gaps = list(state_dict["first_gaps"])

@@ -36,7 +36,8 @@ class SamplerCheck:
 
     def __init__(self, num_sequences: int, max_gap: float) -> None:
         self.num_sequences, self.max_gap = num_sequences, max_gap
-        self._first_gaps: list[float] = []
+        #: What is rounding in this run; a checkpoint holds them, since an engine is often stale right after a resume.
+        self.first_gaps: list[float] = []
         #: Synchronisations whose gap was measured: at all, and in a training step, which logs it.
         self._measured_version: int | None = None
         self._logged_version: int | None = None
@@ -114,8 +115,8 @@ class SamplerCheck:
         batch.measurements.add("sampler/logprob_gap_max", gaps.max())
         gap = float(gaps.mean())
         limit = self.max_gap
-        if self._first_gaps:
-            limit = min(limit, max(_FACTOR * min(self._first_gaps), _NOISE[dtype]))
+        if self.first_gaps:
+            limit = min(limit, max(_FACTOR * min(self.first_gaps), _NOISE[dtype]))
         if not gap <= limit:  # also when it is not a number
             raise StaleSamplerError(
                 f"the sampler's log-probabilities differ from the policy's by {gap:.3g} nats per token on average; "
@@ -123,5 +124,5 @@ class SamplerCheck:
                 "causes: the engine still holds old weights, packed a tied output layer once, or computes in another "
                 "dtype or with another chat template"
             )
-        if len(self._first_gaps) < _NUM_FIRST:
-            self._first_gaps.append(gap)
+        if len(self.first_gaps) < _NUM_FIRST:
+            self.first_gaps.append(gap)

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 
 from hdpo.callbacks.sampler_check import StaleSamplerError
 from hdpo.generation import TransformersEngine
+from hdpo.policy import Policy, PolicyConfig
 from tests.helpers import toy
 
 
@@ -49,12 +50,12 @@ class Steps(Callback):
         self.gaps.append(batch.metrics["sampler/logprob_gap_mean"])
 
 
-def run(folder, engine, steps, lr=1e-4):
+def run(folder, engine, steps, lr=1e-4, ckpt_path=None):
     precision = "bf16-mixed" if engine.dtype == torch.bfloat16 else "32-true"
     seen = Steps()
     module = toy.module(engine=engine, optimizer=lambda p: torch.optim.AdamW(p, lr=lr), distillation_weight=0.0)
     fitter = toy.trainer(folder, seen, max_steps=steps, limit_val_batches=0, precision=precision)
-    return seen, fitter, lambda: fitter.fit(module, datamodule=toy.datamodule(folder))
+    return seen, fitter, lambda: fitter.fit(module, datamodule=toy.datamodule(folder), ckpt_path=ckpt_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,6 +75,17 @@ def test_without_weights_to_compare_the_gap_is_judged_by_the_first_ones(tmp_path
         fit()
     assert fitter.global_step <= 4
     assert max(seen.gaps[:2]) < 1e-5
+
+
+def test_a_resumed_run_whose_engine_still_has_the_initial_weights_is_stopped_at_once(tmp_path):
+    _, _, fit = run(tmp_path, Copying(torch.float32, shows=False), 3, lr=1e-4)
+    fit()
+    stale = Copying(torch.float32, skipped=set(range(20)), shows=False)
+    stale.held = Policy.load(PolicyConfig(path="pkg://hdpo.lab/policy"))
+    seen, fitter, fit = run(tmp_path, stale, 9, ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    with pytest.raises(StaleSamplerError, match=r"differ from the policy's by 0\.0\d+ nats .* would be rounding"):
+        fit()
+    assert (fitter.global_step, seen.gaps) == (3, [])
 
 
 @pytest.mark.slow
