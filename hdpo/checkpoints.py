@@ -235,6 +235,24 @@ def check_state(module: Any, checkpoint: dict[str, Any]) -> int:
     return int(checkpoint.get("global_step", 0))
 
 
+def check_alpha(alpha: float, checkpoint: dict[str, Any], given: str) -> None:
+    """Refuse an adapter of another scale: its matrices have the same shapes, but make another policy.
+
+    Args:
+        alpha: ``model.policy.lora.alpha``.
+        checkpoint: what was read; an older one does not say its alpha.
+        given: what the message calls it.
+
+    Raises:
+        ConfigError: the message names the key and both values.
+    """
+    if (saved := checkpoint.get("lora_alpha", alpha)) != alpha:
+        raise ConfigError(
+            f"model.policy.lora.alpha: {given} was trained with {saved}, and not {alpha}: its adapter would be another "
+            "policy; give the config.yaml of its run"
+        )
+
+
 def _file_header(path: Path) -> tuple[int, dict[str, tuple[int, ...]]]:
     if _get_rank() in (None, 0):  # PyTorch writes checksums, and does not read them
         with zipfile.ZipFile(path) as parts:

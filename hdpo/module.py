@@ -21,7 +21,7 @@ from hdpo.callbacks.evaluation import Evaluation, evaluated_split
 from hdpo.callbacks.rollouts import RolloutGeneration
 from hdpo.callbacks.samples import SampleLogger
 from hdpo.callbacks.skipped import SkippedSteps
-from hdpo.checkpoints import check_state
+from hdpo.checkpoints import check_alpha, check_state
 from hdpo.distributed import in_turns, merged_means, shard_policy
 from hdpo.errors import ConfigError, check_at_least, first_line, instance_of
 from hdpo.evaluation.curves import log_evaluation
@@ -238,13 +238,15 @@ class HDPOModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit; remember the weights' step: outside ``fit`` the trainer does not count steps."""
-        if self.policy is not None and self.policy.has_adapter:
+        if self.policy is not None and (lora := self.policy_config.lora) is not None:
+            check_alpha(lora.alpha, checkpoint, f"the checkpoint {cast(Any, self.trainer).ckpt_path}")
             checkpoint["state_dict"] |= {k: v for k, v in self.state_dict().items() if is_frozen(k)}
         self.loaded_step = check_state(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out the weights that are not trained where there is an adapter: the initial policy has them."""
-        if self.policy is not None and self.policy.has_adapter:
+        """Of an adapter, note its scale and leave out the weights that are not trained: the initial policy has them."""
+        if self.policy is not None and (lora := self.policy_config.lora) is not None:
+            checkpoint["lora_alpha"] = lora.alpha
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not is_frozen(k)}
 
     # ------------------------------------------------------------------ the step

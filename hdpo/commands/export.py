@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-from hdpo.checkpoints import all_finite, read_header
+from hdpo.checkpoints import all_finite, check_alpha, read_header
 from hdpo.commands.parsing import config_file
 from hdpo.commands.suggestions import CommandParser
 from hdpo.errors import ConfigError, first_line
 from hdpo.policy import Policy, PolicyConfig, load_tokenizer
-from hdpo.policy.lora import is_adapter
+from hdpo.policy.lora import LoRAConfig, is_adapter
 
 _PREFIX = "policy."
 
 
-def _checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
+def _checkpoint_weights(path: Path, lora: LoRAConfig | None) -> dict[str, torch.Tensor]:
     """Weights of the policy's model in a checkpoint: one file, or the folder that FSDP2 writes."""
     read_header("--ckpt_path", path)
     if path.is_dir():
@@ -28,6 +28,8 @@ def _checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
         checkpoint = _load_distributed_checkpoint(path)  # its meta.pt with weights_only
     else:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if lora is not None:
+        check_alpha(lora.alpha, checkpoint, f"--ckpt_path {path}")
     weights = {k.removeprefix(_PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(_PREFIX)}
     if not all_finite(weights.values()):
         raise ConfigError(f"--ckpt_path: {path} holds weights that are not finite; export the one before")
@@ -41,7 +43,7 @@ def export_checkpoint(config: PolicyConfig, checkpoint: str | Path, out: str | P
         ConfigError: there is no such checkpoint, it holds no policy, or one of another architecture than ``config``
             names, or ``out`` cannot be written.
     """
-    weights = _checkpoint_weights(Path(checkpoint))
+    weights = _checkpoint_weights(Path(checkpoint), config.lora)
     policy = Policy.load(config)
     if policy.has_adapter:  # the checkpoint holds nothing else
         weights = {k: v for k, v in policy.state_dict().items() if not is_adapter(k)} | weights

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hdpo.callbacks import CliffDetection, LastCheckpoint
+from hdpo.commands.export import export_checkpoint
 from hdpo.errors import ConfigError
 from hdpo.experience import Sequences
 from hdpo.files import resolve_path
@@ -37,8 +39,8 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.3)
 
 
-def policy_config(**options):
-    return PolicyConfig(path="pkg://hdpo.lab/policy", dtype="float64", lora=CONFIG, **options)
+def policy_config(alpha=CONFIG.alpha, **options):
+    return PolicyConfig(path="pkg://hdpo.lab/policy", dtype="float64", lora=replace(CONFIG, alpha=alpha), **options)
 
 
 def trained(model):
@@ -284,6 +286,27 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_exactly(tmp_path, teacher
     assert not torch.equal(
         flat(trained(resumed.student)), torch.cat([v.flatten() for n, v in names.items() if n.startswith("policy.")])
     )
+
+
+def test_an_adapter_of_another_scale_is_another_policy(tmp_path):
+    def run(what, alpha, **options):
+        module = toy.module(policy=policy_config(alpha=alpha), distillation_weight=0.0)
+        trainer = toy.trainer(tmp_path, max_steps=1, limit_val_batches=0)
+        getattr(trainer, what)(module, datamodule=toy.datamodule(tmp_path), **options)
+
+    run("fit", 12.0)
+    path = tmp_path / "checkpoints/last.ckpt"
+    for given, call in (
+        ("the checkpoint", lambda: run("fit", 24.0, ckpt_path=path)),
+        ("the checkpoint", lambda: run("validate", 24.0, ckpt_path=path)),
+        ("--ckpt_path", lambda: export_checkpoint(policy_config(alpha=24.0), path, tmp_path / "out")),
+    ):
+        with pytest.raises(ConfigError, match=rf"^model.policy.lora.alpha: {given} {path} was .* 12.0, and not 24.0: "):
+            call()
+    content = torch.load(path, weights_only=True)
+    del content["lora_alpha"]
+    torch.save(content, tmp_path / "old.ckpt")
+    export_checkpoint(policy_config(alpha=24.0), tmp_path / "old.ckpt", tmp_path / "out")
 
 
 def test_export_of_a_checkpoint(tmp_path, monkeypatch):
