@@ -9,6 +9,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,9 +200,10 @@ _FREE = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
 
 
 def check_state(module: Any, checkpoint: dict[str, Any]) -> int:
-    """Return the step of a loaded checkpoint; refuse one of another policy, teacher or optimizer than the module has.
+    """Return the step of a loaded checkpoint; refuse one of another policy, teacher, optimizer or schedule.
 
-    PyTorch's own refusal is pages long, and an optimizer of another kind or learning rate would be taken in silence.
+    PyTorch's own refusal is pages long, and an optimizer or a schedule of another kind or with other settings would be
+    taken in silence.
 
     Args:
         module: the LightningModule, with its policy loaded.
@@ -223,16 +225,32 @@ def check_state(module: Any, checkpoint: dict[str, Any]) -> int:
     if not all_finite(checkpoint.get("state_dict", {}).values()):
         raise ConfigError(f"{given} holds weights that are not finite: resume from the one before")
     for state in checkpoint.get("optimizer_states", []) if module.trainer.state.fn == "fit" else ():
-        groups = module.configure_optimizers()["optimizer"].state_dict()["param_groups"]
+        configured = module.configure_optimizers()
+        groups = configured["optimizer"].state_dict()["param_groups"]
         for mine, theirs in zip(groups, state["param_groups"], strict=False):
-            for name in sorted({*mine, *theirs} - _FREE):
-                one, other = (list(v) if isinstance(v, tuple) else v for v in (mine.get(name), theirs.get(name)))
-                if one != other:
-                    raise ConfigError(
-                        f"model.optimizer: that of {given} has {name} {other}, and not {one}: resume with the "
-                        "config.yaml of its run, or start a new run from its exported policy"
-                    )
+            _compare("model.optimizer", given, mine, theirs, {*mine, *theirs} - _FREE)
+        for theirs in checkpoint.get("lr_schedulers", []):
+            schedule = configured["lr_scheduler"]["scheduler"]
+            mine = schedule.state_dict()
+            # What both have is a setting if the constructor takes it; the rest moves with the steps.
+            names = (_arguments(type(schedule)) & {*mine}) | ({*mine} ^ {*theirs})
+            _compare("model.lr_scheduler", given, mine, theirs, {n for n in names if n[0] != "_"} - {"last_epoch"})
     return int(checkpoint.get("global_step", 0))
+
+
+def _compare(key: str, given: str, mine: dict[str, Any], theirs: dict[str, Any], names: Iterable[str]) -> None:
+    for name in sorted(names):
+        one, other = (list(v) if isinstance(v, tuple) else v for v in (mine.get(name), theirs.get(name)))
+        if one != other:
+            raise ConfigError(
+                f"{key}: that of {given} has {name} {other}, and not {one}: resume with the config.yaml of its run, "
+                "or start a new run from its exported policy"
+            )
+
+
+def _arguments(kind: Any) -> set[str]:
+    """Names of what the constructors of a class and of its bases take."""
+    return {name for base in kind.__mro__ for name in signature(base.__init__).parameters}
 
 
 def check_alpha(alpha: float, checkpoint: dict[str, Any], given: str) -> None:

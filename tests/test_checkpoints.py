@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
 from hdpo import checkpoints as module
 from hdpo.checkpoints import check_state, read_header, save_checkpoint, saved_checkpoints
 from hdpo.commands.export import export_checkpoint
 from hdpo.errors import ConfigError, TrainingStopped
+from hdpo.optim import LinearWarmup
 from hdpo.policy import PolicyConfig
 from tests.helpers.small_disk import small_disk
 
@@ -279,17 +281,17 @@ def test_a_pickle_in_a_folder_runs_no_code(tmp_path, monkeypatch, where):
 class Module(torch.nn.Module):
     """What a checkpoint is compared with."""
 
-    def __init__(self, optimizer, fn="fit", average=False):
+    def __init__(self, optimizer, fn="fit", average=False, schedule=LinearWarmup):
         super().__init__()
-        self.policy, self.optimizer = torch.nn.Linear(2, 1), optimizer
+        self.policy, self.optimizer, self.schedule = torch.nn.Linear(2, 1), optimizer, schedule
         self.trainer = SimpleNamespace(state=SimpleNamespace(fn=fn), ckpt_path="x.ckpt")
         if average:
             self.teacher = torch.nn.Linear(2, 1)
 
     def configure_optimizers(self):
         optimizer = self.optimizer(self.parameters())
-        torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5)  # it adds a setting: the learning rate at first
-        return {"optimizer": optimizer}
+        # The schedule adds a setting: the learning rate at first.
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer)}}
 
 
 def adamw(lr=0.1, **options):
@@ -297,11 +299,15 @@ def adamw(lr=0.1, **options):
 
 
 def content(module, **changes):
-    optimizer = module.configure_optimizers()["optimizer"]
-    optimizer.param_groups[0]["lr"] = 0.07  # as the schedule has left it
+    configured = module.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    optimizer.step()
+    for _ in range(7):
+        schedule.step()
     return {
         "state_dict": module.state_dict(),
         "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [schedule.state_dict()],
         "global_step": 7,
         **changes,
     }
@@ -328,6 +334,44 @@ def test_a_checkpoint_of_the_same_run_fits(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(mine, theirs, message):
     with pytest.raises(ConfigError, match=message):
         check_state(mine, content(theirs))
+
+
+SCHEDULES = {
+    "warm-up": LinearWarmup,
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 100),
+    "longer": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 200),
+    "restarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3),
+    "milestones": lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [3, 5]),
+    "function": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+    "one after the other": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer, [lr_scheduler.ConstantLR(optimizer), lr_scheduler.ExponentialLR(optimizer, 0.9)], [4]
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_the_same_schedule_fits_wherever_it_stands(tmp_path, schedule):
+    torch.save(content(Module(adamw(), schedule=schedule)), tmp_path / "x")
+    loaded = torch.load(tmp_path / "x", weights_only=True)
+    assert check_state(Module(adamw(), schedule=schedule), loaded) == 7
+    del loaded["lr_schedulers"]
+    assert check_state(Module(adamw(), schedule=schedule), loaded) == 7
+
+
+@pytest.mark.parametrize(("mine", "theirs", "message"), [
+    ("warm-up", lambda o: LinearWarmup(o, num_warmup_steps=20), "has total_iters 20, and not 50"),
+    ("warm-up", lambda o: LinearWarmup(o, start_factor=0.5), "has start_factor 0.5, and not 0.1"),
+    ("cosine", SCHEDULES["longer"], "has T_max 200, and not 100"),
+    ("cosine", LinearWarmup, "has T_max None, and not 100"),
+    ("function", SCHEDULES["cosine"], "has T_max 100, and not None"),
+])  # fmt: skip
+def test_another_schedule_is_refused(mine, theirs, message):
+    message = rf"^model.lr_scheduler: that of the checkpoint x.ckpt {message}: resume with the config.yaml of its run"
+    module, other = Module(adamw(), schedule=SCHEDULES[mine]), Module(adamw(), schedule=theirs)
+    with pytest.raises(ConfigError, match=message):
+        check_state(module, content(other))
+    module.trainer.state.fn = "validate"
+    assert check_state(module, content(other)) == 7
 
 
 def test_a_checkpoint_of_another_shape_or_with_bad_weights_is_refused():
