@@ -27,6 +27,7 @@ from hdpo.generation.drafts import Drafts
 from hdpo.generation.engine import GenerationEngine, SamplingConfig
 from hdpo.generation.weights import cast_weights
 from hdpo.policy import Policy
+from hdpo.policy.architecture import reads_flat_mask
 from hdpo.policy.attention import MASKED_KINDS, attention_kinds, attention_masks, grouped_attention
 
 #: Bound on the elements of one [rows, vocabulary] block of logits, and of the float64 probabilities made of it, by
@@ -67,7 +68,8 @@ class TransformersEngine(GenerationEngine):
         """See :meth:`GenerationEngine.generate`.
 
         Raises:
-            ConfigError: the policy has layers that are neither full nor sliding attention.
+            ConfigError: the policy has layers that are neither full nor sliding attention, or ALiBi that is made of a
+                mask without queries.
         """
         num_prompts, num_samples = seeds.shape
         width = sampling.max_new_tokens
@@ -158,10 +160,12 @@ class _Wave:
     ) -> None:
         self.policy, self.sampling, self.compaction, self.out = policy, sampling, compaction, out
         kinds = attention_kinds(policy.model)
-        unknown = sorted(set(kinds) - MASKED_KINDS)
+        unknown = [f"layers of kind {kind}" for kind in sorted(set(kinds) - MASKED_KINDS)]
+        if reads_flat_mask(policy.model.config):
+            unknown.append("ALiBi")
         if unknown:
             raise ConfigError(
-                f"the transformers engine cannot decode a {policy.model.config.model_type} with layers of kind "
+                f"model.engine: the transformers engine cannot decode a {policy.model.config.model_type} with "
                 f"{', '.join(unknown)}; choose hdpo.generation.VLLMEngine"
             )
         self.prompts, self.rows = prompts, rows

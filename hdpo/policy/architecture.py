@@ -54,6 +54,18 @@ def check_architecture(config: Any) -> None:
             )
 
 
+def counts_columns(config: Any) -> bool:
+    """Whether distances are counted in columns (ALiBi), of which a shorter prompt's padding would take some."""
+    text = config.get_text_config()
+    return reads_flat_mask(config) or getattr(getattr(text, "attn_config", None), "alibi", False)  # the latter is MPT
+
+
+def reads_flat_mask(config: Any) -> bool:
+    """Whether ALiBi is made of a mask without queries, which a cache whose columns are positions has not."""
+    text = config.get_text_config()
+    return text.model_type == "bloom" or (text.model_type == "falcon" and text.alibi)
+
+
 def policy_config(path: str, revision: str | None = None) -> Any:
     """The architecture of ``model.policy.path`` as transformers' configuration; no weights are read.
 

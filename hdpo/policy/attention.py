@@ -163,12 +163,13 @@ AttentionInterface.register("sdpa", _sdpa)
 
 @contextmanager
 def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model attend with :func:`_grouped_sdpa`, unless it was loaded with transformers' eager attention.
+    """Let the model attend with :func:`_grouped_sdpa`, unless it was loaded with eager attention or looks none up.
 
     Compiled layers run as they are: there is a cache.
     """
     eager = model.config.get_text_config()._attn_implementation == "eager"
-    with nullcontext() if eager else _attending(model, _GROUPED), layers_uncompiled(model.base_model):
+    as_it_is = eager or not model._supports_attention_backend
+    with nullcontext() if as_it_is else _attending(model, _GROUPED), layers_uncompiled(model.base_model):
         yield
 
 
@@ -207,8 +208,8 @@ def _attends_to_packed(device: torch.device, dtype: torch.dtype, heads: int, key
 
 
 def _is_plain(model: PreTrainedModel) -> bool:
-    """SDPA without windows."""
-    sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
+    """SDPA without windows, of a model that looks attention up by name (to Falcon an unknown one is eager)."""
+    sdpa = model.config.get_text_config()._attn_implementation == "sdpa" and model._supports_attention_backend
     return sdpa and set(attention_kinds(model)) == {"full_attention"}
 
 

@@ -18,7 +18,7 @@ from hdpo.errors import ConfigError
 from hdpo.experience import Sequences
 from hdpo.files import whole_folder
 from hdpo.functional.logprobs import selected_logps, topk_logits
-from hdpo.policy.architecture import check_architecture, is_compiled
+from hdpo.policy.architecture import check_architecture, counts_columns, is_compiled
 from hdpo.policy.attention import (
     MASKED_KINDS,
     PrefixCache,
@@ -138,9 +138,7 @@ class Policy(nn.Module):
         sharded = any(hasattr(p, "device_mesh") for p in self.parameters())
         if self.model.is_gradient_checkpointing or is_compiled(self.model) or sharded:
             return False
-        # ALiBi (MPT) measures distances in columns, of which a shorter prompt's padding would take some.
-        attention = getattr(self.model.config.get_text_config(), "attn_config", None)
-        return set(attention_kinds(self.model)) <= MASKED_KINDS and not getattr(attention, "alibi", False)
+        return set(attention_kinds(self.model)) <= MASKED_KINDS and not counts_columns(self.model.config)
 
     def _hidden(self, batch: TokenBatch) -> Tensor:
         """Hidden states ``[M, H]`` that predict the completion tokens; all others never meet the output layer."""

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hdpo.errors import ConfigError
 from hdpo.experience import Sequences
@@ -13,6 +14,7 @@ from hdpo.generation import SamplingConfig, TransformersEngine
 from hdpo.generation import transformers as module
 from hdpo.generation.cache import SlotCache
 from hdpo.generation.weights import cast_weights
+from hdpo.policy import Policy
 from tests.helpers.host_reads import host_reads
 from tests.helpers.models import EOS, VOCAB, random_ids, random_policy
 from tests.helpers.tolerances import F32, of_sum
@@ -212,6 +214,28 @@ def test_layers_that_no_mask_describes_are_refused():
     sampling = SamplingConfig(max_new_tokens=3, temperature=1.0, eos_token_ids=(EOS,))
     with pytest.raises(ConfigError, match=r"cannot decode a qwen2 with layers of kind linear_attention; choose .*VLLM"):
         TransformersEngine().generate(policy, [[5, 6]], seeds_for(1, 2), sampling)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("bloom", {"n_head": 4}), ("falcon", {"num_attention_heads": 4, "alibi": True})]
+)
+def test_distances_that_a_mask_without_queries_says_are_refused(kind, options):
+    config = AutoConfig.for_model(kind, vocab_size=VOCAB, hidden_size=32, **options)
+    policy = Policy(AutoModelForCausalLM.from_config(config))
+    sampling = SamplingConfig(max_new_tokens=3, temperature=1.0, eos_token_ids=(EOS,))
+    with pytest.raises(ConfigError, match=rf"^model.engine: .* cannot decode a {kind} with ALiBi; choose .*VLLM"):
+        TransformersEngine().generate(policy, [[5, 6]], seeds_for(1, 2), sampling)
+
+
+def test_a_model_that_looks_no_attention_up_samples_what_it_reads():
+    """Falcon takes a name that it does not know for eager attention, and adds a mask of truth values to its scores."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes, initializer_range=0.3))
+    policy, prompts = Policy(model.double()), random_ids((7, 4))
+    out = TransformersEngine().generate(policy, prompts, seeds_for(2, 1), SamplingConfig(9, 1.0, (EOS,)))
+    sequences = Sequences(prompts, [group[0] for group in out.token_lists()])
+    for mine, theirs in zip(policy.completion_logps(sequences, token_budget=1), out.logps[:, 0], strict=True):
+        assert (mine - theirs[: len(mine)]).abs().max() < 4 * F32
 
 
 @pytest.mark.parametrize(("argument", "value"), [("max_sequences", 0), ("compaction", 0.0), ("compaction", 1.1)])

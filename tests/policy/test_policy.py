@@ -278,11 +278,17 @@ def test_models_with_transformed_logits_are_refused():
         Policy(AutoModelForCausalLM.from_config(Gemma2Config(**sizes)))
 
 
-def test_distances_in_columns_are_those_of_the_sequence():
+@pytest.mark.parametrize(("kind", "sizes"), [
+    ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 2}),
+    ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2}),
+    ("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True}),
+    ("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}),
+], ids=["mpt", "bloom", "falcon", "falcon without"])  # fmt: skip
+def test_distances_in_columns_are_those_of_the_sequence(kind, sizes):
     """ALiBi, with prompts of different lengths that several completions share."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": SIZES["vocab_size"], "d_model": 32, "n_layers": 2, "n_heads": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mpt", **sizes)).eval().double()
+    config = AutoConfig.for_model(kind, vocab_size=SIZES["vocab_size"], **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval().double()
     for weight in model.parameters():
         weight.data *= 8 if weight.dim() > 1 else 1
     prompts, completions = random_ids((1000, 300)), random_ids((3, 2, 4, 5, 3, 2))
