@@ -74,10 +74,10 @@ class FrozenTeacher(Teacher):
             self._holder = (WithoutAdapter(student) if shared else load().requires_grad_(False).eval(),)
 
     def policy(self, student: Policy) -> Policy:
-        """Return the frozen policy, on the student's device."""
+        """Return the frozen policy, on the student's device and in its dtype: Lightning moves and casts the student."""
         (frozen,) = self._holder
-        if frozen.device != student.device:
-            frozen.to(student.device)
+        if (frozen.device, frozen.model.dtype) != (student.device, student.model.dtype):
+            frozen.to(student.device, student.model.dtype)
         return frozen
 
 

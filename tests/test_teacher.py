@@ -44,6 +44,17 @@ def test_frozen_keeps_the_initial_weights_and_stays_out_of_the_checkpoint():
     assert teacher.state_dict() == {}
 
 
+def test_frozen_computes_in_the_students_dtype():
+    """Lightning casts what it sees of a module (trainer.precision=64-true), and a frozen policy it does not see."""
+    student, teacher = random_policy("gpt2", dtype=torch.float32), FrozenTeacher()
+    teacher.prepare(student, lambda: random_policy("gpt2", dtype=torch.float32))
+    student.double()
+    sequences = Sequences(random_ids((6, 3)), random_ids((4, 5), seed=2))
+    logps = [policy.completion_logps(sequences, token_budget=99) for policy in (student, teacher.policy(student))]
+    for mine, theirs in zip(*logps, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_ema_follows_by_its_formula_and_is_in_the_checkpoint():
     student, teacher = initial(), EMATeacher(0.75)
     teacher.prepare(student, initial)
