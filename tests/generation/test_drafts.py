@@ -97,6 +97,17 @@ def test_nor_do_the_others_in_the_batch(policy, compaction, max_sequences):
     assert other.token_lists() == plain.token_lists()
 
 
+@pytest.mark.parametrize("kind", ["right", "going on", "replaced", "some empty"])
+def test_nor_does_a_cache_without_room_to_spare(policy, kind, monkeypatch):
+    """Finished rows stay in the batch and read as many guesses as the others, at places further right."""
+    plain = sample(policy, None)
+    monkeypatch.setattr("hdpo.generation.cache._SPARE", 0)
+    monkeypatch.setattr("hdpo.generation.cache._GROWTH", 1.0)
+    other = sample(policy, drafts_like(plain, kind), compaction=1.0)
+    assert other.token_lists() == plain.token_lists()
+    torch.testing.assert_close(other.logps, plain.logps, rtol=2 * F32, atol=0)
+
+
 def test_a_right_draft_saves_forward_passes(policy, passes):
     plain = sample(policy, None, 0.0)  # all samples of a prompt are equal
     without = len(passes)

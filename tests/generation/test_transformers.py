@@ -109,6 +109,7 @@ def test_masks_stop_reasons_and_padding(policy, prompts):
     assert out.truncated.any()
     assert not out.truncated.all()
     assert (out.logps[~out.mask] == 0).all()
+    assert (out.ids[~out.mask] == 0).all()
 
 
 def test_no_prompts(policy):
