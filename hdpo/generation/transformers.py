@@ -180,7 +180,7 @@ class _Wave:
         self.starts = self.ends.repeat_interleave(self.repeats)
         self.lengths = torch.zeros_like(seeds)  # tokens of each completion so far
         self.ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
-        self.done = self.ended  # ended, or as long as it may be
+        self.done = torch.zeros_like(self.ended)  # ended, or as long as it may be
 
     # ------------------------------------------------------------------ the model
 
@@ -258,9 +258,9 @@ class _Wave:
         # Guesses that were wrong, and what a finished row goes on to draw, lie behind the completion.
         self.out.write(self.rows[:, None] * (self.limit + 1) + columns.clamp_max(self.limit), tokens, logps)
         last = tokens[:, 0] if accepted is None else tokens.gather(1, accepted[:, None] - 1)[:, 0]
-        self.lengths = self.lengths + (~self.done if accepted is None else torch.where(self.done, 0, accepted))
-        self.ended = self.ended | (self._is_end(last) & ~self.done)
-        self.done = self.ended | (self.lengths >= self.limit)
+        self.lengths += ~self.done if accepted is None else torch.where(self.done, 0, accepted)
+        self.ended |= self._is_end(last) & ~self.done
+        self.done |= self.ended | (self.lengths >= self.limit)
         return last
 
     def _note(self) -> None:
@@ -283,9 +283,12 @@ class _Wave:
     def run(self, drafts: Drafts | None) -> None:
         """Decode as many tokens at a time as the drafts guess rightly; one by one when nothing is guessed any more."""
         limit, num_columns = self.limit, self.width
-        guessed, counts = drafts.first(limit - 1) if drafts else (self.rows.new_zeros(len(self.rows), 0), self.lengths)
-        samples = zip(guessed[:: self.repeats].tolist(), counts[:: self.repeats].tolist(), strict=True)
-        tokens, logps = self._prefill([g[:n] for g, n in samples], guessed.shape[1] + 1)
+        guesses: list[list[int]] = [[] for _ in self.prompts]
+        if drafts is not None:
+            guessed, counts = drafts.first(limit - 1)
+            samples = zip(guessed[:: self.repeats].tolist(), counts[:: self.repeats].tolist(), strict=True)
+            guesses = [ids[:count] for ids, count in samples]
+        tokens, logps = self._prefill(guesses, 1 if drafts is None else guessed.shape[1] + 1)
         last = torch.full_like(self.lengths, -1)
         while True:
             if drafts is None:
