@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 from hdpo.errors import ConfigError, first_line
 
+#: A full disk, or a quota.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _PACKAGE = "pkg://"
 
 

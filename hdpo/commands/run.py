@@ -6,7 +6,6 @@ list that a second config replaces whole) but sections of their own: no YAML can
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import sys
@@ -45,6 +44,7 @@ from hdpo.data.batches import check_batch
 from hdpo.errors import ConfigError, TrainingStopped, first_line
 from hdpo.evaluation.curves import log_configuration
 from hdpo.evaluation.runs import flat_config
+from hdpo.files import FULL
 from hdpo.module import HDPOModule
 from hdpo.trainer import check_strategy
 from hdpo.yaml_strings import keep_strings
@@ -300,7 +300,7 @@ def main(args: Sequence[str]) -> int:
         print(f"hdpo: stopped: {stop}", file=sys.stderr)
         return 3
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         print(f"hdpo: stopped: {error}; free space, then go on with --resume auto", file=sys.stderr)
         return 3

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from hdpo.checkpoints import read_header, saved_checkpoints
 from hdpo.errors import ConfigError
-from hdpo.files import write_text
+from hdpo.files import FULL, write_text
 
 _FINISHED, _LOCK, _CONFIG = "finished", ".lock", "config.yaml"
 _VERSION = re.compile(r"version_(\d+)")
@@ -133,7 +133,9 @@ class RunFolder:
     def _make(self, path: Path) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
+            if error.errno in FULL:
+                raise
             key = "trainer.default_root_dir" if self.settings is None else "trainer.logger.init_args.save_dir"
             raise ConfigError(f"{key}: cannot create the folder {path}: {error.strerror}") from error
 

@@ -1,5 +1,6 @@
 """A run's folder: its own, locked, continued, found again; and how a command ends."""
 
+import errno
 import json
 import os
 import re
@@ -302,6 +303,27 @@ def test_a_full_disk_is_one_line_and_status_3(workplace, capsys, monkeypatch):  
     monkeypatch.chdir(workplace)
     assert fit("--trainer.max_steps=3", "--resume=auto") == 0
     assert len(list((run_folder(workplace) / "evaluations").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (errno.EROFS, ConfigError, "trainer.logger.init_args.save_dir: cannot create the folder .*: Read-only file"),
+        (
+            errno.EACCES,
+            ConfigError,
+            "trainer.logger.init_args.save_dir: cannot create the folder .*: Permission denied",
+        ),
+        (errno.ENOSPC, OSError, "No space left on device"),  # space can be made: status 3, as later in a run
+    ],
+)
+def test_a_folder_that_cannot_be_made_names_its_key(tmp_path, monkeypatch, error, kind, message):
+    def fails(path, *_, **__):
+        raise OSError(error, os.strerror(error), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", fails)
+    with pytest.raises(kind, match=message):
+        RunFolder(tmp_path / "runs", "mine", {}).claim(again=False)
 
 
 def test_before_the_first_step_there_is_nothing_to_save(workplace, capsys, monkeypatch):  # noqa: F811
