@@ -185,6 +185,15 @@ def test_products_of_16_bit_numbers_are_not_rounded_where_the_device_can(problem
         assert (mine.grad.double() - theirs.grad).norm() < torch.finfo(torch.bfloat16).eps * theirs.grad.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wider_numbers_are_multiplied_as_they_are_whatever_the_device_can(problem, dtype, monkeypatch):
+    hidden, weight, bias = (x.to(dtype) for x in problem[:3])
+    expected = logprobs.wide_logits(hidden, weight, bias)
+    assert expected.dtype == dtype
+    monkeypatch.setattr(logprobs, "_multiplies_into_float32", lambda device: True)
+    assert torch.equal(logprobs.wide_logits(hidden, weight, bias), expected)
+
+
 def test_a_gpu_makes_the_logits_in_one_kernel_and_a_cpu_keeps_its_own(monkeypatch):
     assert not logprobs._multiplies_into_float32("cpu")
     monkeypatch.setattr(logprobs, "_multiplies_into_float32", lambda device: device == "cuda")
