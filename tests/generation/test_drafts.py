@@ -197,3 +197,9 @@ def test_after_three_misses_in_a_row_nothing_is_guessed_until_the_end():
         drafts.learn(torch.tensor(right))
         counts.append(drafts.propose(*arguments)[1].tolist())
     assert counts == [[3, 3], [3, 3], [0, 3], [0, 3]]
+
+
+def test_at_first_a_row_guesses_no_more_than_its_draft_holds():
+    guessed, counts = Drafts([[5, 6], [], [5, 6, 7, 8]], torch.device("cpu")).first(3)
+    assert counts.tolist() == [2, 0, 3]
+    assert [ids[:n] for ids, n in zip(guessed.tolist(), counts.tolist(), strict=True)] == [[5, 6], [], [5, 6, 7]]
