@@ -215,6 +215,8 @@ def _is_refused(plan: Sequence[_Planned]) -> bool:
     In one process of its own, which imports what the runs import: a mistake is told once, before any of them starts.
     """
     variants = {run.folder.name.rpartition("seed_")[0]: _arguments(run) for run in plan if not _is_finished(run)}
+    if not variants:
+        return False
     told = json.dumps(list(variants.values()))
     return bool(subprocess.run([sys.executable, "-c", _READ], input=told, text=True, check=False).returncode)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-#: Columns beyond the prompt at first, and the factor by which they grow: completions are mostly far shorter than their
-#: limit, and what rows that are left are moved to is cleared, page by page on a CPU.
+#: Columns beyond the prompt at first, and the factor by which they grow. Completions are mostly far shorter than their
+#: limit, and each time rows leave, the others move to fresh memory, whose pages a CPU must clear.
 _SPARE, _GROWTH = 24, 1.5
 
 
